@@ -1,0 +1,278 @@
+"""Turns the text of every item into tokens of an embedding model. CPU only.
+
+Reads   data/output/{category}_items_updated.parquet   (parent_asin, item_context)
+Writes  data/output/{category}_tokenized.npz           (input_ids, attention_mask, what they were made from)
+
+    python tokenize_items.py --category Video_Games
+    python tokenize_items.py --category Video_Games --num_rows 1000                # a first look
+    python tokenize_items.py --category Sample --model_name data/sample/encoder   # offline
+
+Next: embed_items.py. Shapes: N items, W the longest item's tokens, at most max_length.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+import numpy as np
+import polars as pl
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 1
+LIST_FLAGS = "--help lists the flags"
+END_OF_TEXT = "<|endoftext|>"  # Qwen3-Embedding reads its vector off this last token
+TEXTS_PER_CALL = 8192  # enough for the tokenizer's own threads to share
+MANY_TRUNCATED = 0.05
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass
+class TokenizeConfig:
+    """The command line of this script: every field is a flag."""
+
+    category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
+    data_dir: str = HfArg(default="data/output", help="Folder of the catalogue and of the output.")
+    model_name: str = HfArg(default="Qwen/Qwen3-Embedding-0.6B", help="Embedding model: a hub name or a local folder.")
+    instruction: str = HfArg(
+        default="Represent this product so that similar products have similar representations",
+        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for the bare text.",
+    )
+    max_length: int = HfArg(default=2048, help="Tokens kept of an item, instruction included.")
+    num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
+
+    def __post_init__(self):
+        if self.max_length < 2:
+            raise ValueError(f"--max_length {self.max_length}: must be at least 2")
+        if self.num_rows is not None and self.num_rows < 1:
+            raise ValueError(f"--num_rows {self.num_rows}: must be at least 1")
+
+
+def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
+    """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
+    print("error:", " ".join(f"{what}: {trouble}; {way_out}".split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(message: str) -> None:
+    print("warning:", message, file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parse_config(argv: list[str] | None) -> TokenizeConfig:
+    parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail("command line", message, LIST_FLAGS)
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        fail("command line", str(error), LIST_FLAGS)
+    if unknown:
+        fail("command line", f"unknown argument {unknown[0]!r}", LIST_FLAGS)
+    return config
+
+
+# ---------------------------------------------------------------- catalogue
+
+
+def read_catalogue(path: Path) -> pl.DataFrame:
+    """Reads parent_asin and item_context, both text, and ends the run where they break the contract."""
+    if not path.is_file():
+        fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
+    try:
+        columns = pl.read_parquet_schema(path)
+        for name in ("parent_asin", "item_context"):
+            if name not in columns:
+                fail(path, f"no column {name} among {', '.join(columns)}", "rename one or add it")
+        catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"])
+    except (pl.exceptions.PolarsError, OSError) as error:
+        fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
+    if catalogue.height == 0:
+        fail(path, "no rows", "write a catalogue of at least one item")
+    for column in catalogue:
+        if column.dtype != pl.String:
+            trouble = f"{len(column)} values of {column.name}, from row 0 on, are {column.dtype}, not text"
+            fail(path, trouble, f"cast the column: pl.col({column.name!r}).cast(pl.String)")
+        blank = (column.is_null() | (column.str.strip_chars() == "")).to_numpy()
+        if blank.any():
+            trouble = f"{blank.sum()} null or blank values in {column.name}, the first in row {blank.argmax()}"
+            fail(path, trouble, "drop those rows or fill them")
+    repeated = (~catalogue["parent_asin"].is_first_distinct()).to_numpy()
+    if repeated.any():
+        first = catalogue["parent_asin"][int(repeated.argmax())]
+        trouble = f"{repeated.sum()} duplicate parent_asin, the first is {first!r} in row {repeated.argmax()}"
+        fail(path, trouble, "keep one row of each")
+    return catalogue
+
+
+def fingerprint(catalogue: pl.DataFrame) -> str:
+    """SHA-256 over parent_asin and item_context in row order: 64 hex digits, the same in embed_items.py."""
+    digest = hashlib.sha256()
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices(65536):
+        for text in rows:
+            digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
+            digest.update(text.str.join().item().encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- tokens
+
+
+class Tokens(NamedTuple):
+    """The tokens of N items, one after the other."""
+
+    flat: np.ndarray  # (sum of lengths,) int32
+    lengths: np.ndarray  # (N,) int64
+    truncated: int  # items that were longer than max_length
+
+
+def load_tokenizer(model_name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer  # here: it imports torch, and a wrong flag is told before that
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_name)
+    except Exception as error:  # the hub, the file system and the parsers each raise their own
+        trouble = f"no tokenizer can be loaded from there ({first_line(error)})"
+        fail(f"--model_name {model_name}", trouble, "check the name and the network, or give a local folder")
+    if not tokenizer.is_fast:
+        fail(f"--model_name {model_name}", "has no tokenizer.json", "choose a model with a fast tokenizer")
+    return tokenizer
+
+
+def wrap(texts: list[str], instruction: str) -> list[str]:
+    """Qwen3-Embedding's prompt (model card): no space after `Query:`."""
+    return [f"Instruct: {instruction}\nQuery:{text}" for text in texts] if instruction else texts
+
+
+def tokenize(texts: pl.Series, tokenizer: "PreTrainedTokenizerBase", config: TokenizeConfig) -> Tokens:
+    """Tokenizes on all cores; the tokenizer's own truncation keeps its closing special tokens."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.enable_truncation(config.max_length)
+    flat, lengths, truncated = [], [], 0
+    with tqdm(total=len(texts), unit=" items", desc="tokenize") as progress:
+        for start in range(0, len(texts), TEXTS_PER_CALL):
+            batch = wrap(texts[start : start + TEXTS_PER_CALL].to_list(), config.instruction)
+            encodings = backend.encode_batch_fast(batch)
+            lengths += [len(encoding) for encoding in encodings]
+            truncated += sum(bool(encoding.overflowing) for encoding in encodings)
+            flat += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+            progress.update(len(batch))
+    return Tokens(np.concatenate(flat), np.array(lengths), truncated)
+
+
+def pad(tokens: Tokens, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lays the items out as rows: input_ids (N, W) int32 and attention_mask (N, W) uint8."""
+    width = tokens.lengths.max()
+    columns = np.arange(width)
+    lengths = tokens.lengths[:, None]
+    mask = columns >= width - lengths if side == "left" else columns < lengths  # (N, W)
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int32)
+    input_ids[mask] = tokens.flat
+    return input_ids, mask.view(np.uint8)
+
+
+def report(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", config: TokenizeConfig) -> None:
+    """Prints the token lengths, and warns of truncation and of rows that do not end as the model expects."""
+    n = len(tokens.lengths)
+    low, median, high, top = np.percentile(tokens.lengths, [5, 50, 95, 99]).round().astype(int)
+    print(
+        f"tokens an item: mean {tokens.lengths.mean():.1f}, 5% {low}, median {median}, 95% {high}, "
+        f"99% {top}, longest {tokens.lengths.max()}; {len(tokens.flat):,} in all"
+    )
+    share = tokens.truncated / n
+    print(f"truncated to {config.max_length} tokens: {tokens.truncated:,} of {n:,} items ({share:.1%})")
+    if share > MANY_TRUNCATED:
+        warn(f"{share:.1%} of the items lose their end; consider a larger --max_length")
+    end_id = tokenizer.get_vocab().get(END_OF_TEXT)
+    if end_id is None:
+        print(f"this tokenizer has no {END_OF_TEXT}: embed with --pooling mean or cls, as its model expects")
+        return
+    last_ids = tokens.flat[tokens.lengths.cumsum() - 1]  # (N,)
+    if missing := int((last_ids != end_id).sum()):
+        warn(
+            f"{missing:,} of {n:,} items do not end in {END_OF_TEXT}: this tokenizer does not append it, so "
+            f"last-token pooling will not read the vector that Qwen3-Embedding was trained to put there"
+        )
+    else:
+        print(f"every item ends in {END_OF_TEXT}, as last-token pooling needs")
+
+
+# ---------------------------------------------------------------- output
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        trouble = f"cannot be written ({first_line(error)})"
+        fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(argv)
+    source = Path(config.data_dir, f"{config.category}_items_updated.parquet")
+    target = Path(config.data_dir, f"{config.category}_tokenized.npz")
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+
+    catalogue = read_catalogue(source)
+    tokenizer = load_tokenizer(config.model_name)
+    if config.max_length > tokenizer.model_max_length:
+        config.max_length = tokenizer.model_max_length
+        print(f"max_length lowered to {config.max_length}, the most that this model reads")
+    texts = catalogue["item_context"].head(config.num_rows or catalogue.height)
+    print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
+
+    tokens = tokenize(texts, tokenizer, config)
+    if count := (tokens.lengths == 0).sum():
+        trouble = f"{count} items become no token at all, the first in row {tokens.lengths.argmin()}"
+        fail(source, trouble, "drop or describe them")
+    report(tokens, tokenizer, config)
+
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    input_ids, attention_mask = pad(tokens, pad_id, tokenizer.padding_side)
+    with replacing(target) as temporary, open(temporary, "wb") as file:
+        np.savez(
+            file,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_length=config.max_length,
+            n_items=len(texts),
+            model_name=config.model_name,
+            instruction=config.instruction,
+            fingerprint=fingerprint(catalogue),
+            format_version=FORMAT_VERSION,
+        )
+    rows, width = input_ids.shape
+    print(f"wrote {target}: {rows:,} x {width} tokens, {target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
