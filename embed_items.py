@@ -1,0 +1,386 @@
+"""Turns the tokens of every item into an L2-normalised embedding. CUDA, MPS or CPU.
+
+Reads   data/output/{category}_tokenized.npz, and the catalogue that it was made from
+Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue column, and embedding)
+
+    python embed_items.py --category Video_Games                             # the best device there is
+    python embed_items.py --category Video_Games --num_rows 256 --device cpu # a first look on a laptop
+    python embed_items.py --category Video_Games --model_name /models/qwen3  # a local copy of the npz's model
+    python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
+
+Before: tokenize_items.py. Next: train_rqvae.py.
+Shapes: N items, W the npz's columns, B items in a batch, T tokens in it, H the model's size, D target_dim.
+"""
+
+import hashlib
+import os
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers.hf_argparser import HfArg
+
+FORMAT_VERSION = 1
+LIST_FLAGS = "--help lists the flags"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ITEMS_CHECKED = 8  # embedded alone and together before the long work
+GOOD_AGREEMENT = 0.999
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass
+class EmbedConfig:
+    """The command line of this script: every field is a flag."""
+
+    category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
+    data_dir: str = HfArg(default="data/output", help="Folder of the tokens, the catalogue and the output.")
+    model_name: str | None = HfArg(
+        default=None,
+        help="Hub name or folder of the model; by default the one the tokens were made for.",
+    )
+    pooling: Literal["last", "mean", "cls"] = HfArg(
+        default="last",
+        help="How hidden states become one vector: last for Qwen3, mean or cls for BERT's kin.",
+    )
+    target_dim: int = HfArg(default=1024, help="Leading dimensions kept of each vector (at most all).")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
+        default="auto", help="Number type of the model; auto is bfloat16 on CUDA and float32 elsewhere."
+    )
+    tokens_per_batch: int = HfArg(default=16384, help="Tokens in a batch, padding included; fewer save memory.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
+    num_rows: int | None = HfArg(default=None, help="Only the first rows of the tokens, for a trial.")
+
+    def __post_init__(self):
+        for name in ("target_dim", "tokens_per_batch", "num_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+
+
+def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
+    """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
+    print("error:", " ".join(f"{what}: {trouble}; {way_out}".split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(message: str) -> None:
+    print("warning:", message, file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parse_config(argv: list[str] | None) -> EmbedConfig:
+    parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail("command line", message, LIST_FLAGS)
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        fail("command line", str(error), LIST_FLAGS)
+    if unknown:
+        fail("command line", f"unknown argument {unknown[0]!r}", LIST_FLAGS)
+    return config
+
+
+# ---------------------------------------------------------------- input
+
+
+class Tokens(NamedTuple):
+    """What tokenize_items.py wrote."""
+
+    input_ids: np.ndarray  # (N, W) int32
+    attention_mask: np.ndarray  # (N, W) 0 or 1
+    model_name: str
+    instruction: str
+    fingerprint: str  # of the whole catalogue
+    max_length: int
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Reads the npz, and ends the run where it is missing, damaged or not of this format."""
+    again = "run tokenize_items.py again"
+    if not path.is_file():
+        fail(path, "not found", "run tokenize_items.py first")
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            if "format_version" not in npz or int(npz["format_version"]) != FORMAT_VERSION:
+                fail(path, f"not of format {FORMAT_VERSION}", again)
+            tokens = Tokens(
+                input_ids=npz["input_ids"],
+                attention_mask=npz["attention_mask"],
+                model_name=str(npz["model_name"]),
+                instruction=str(npz["instruction"]),
+                fingerprint=str(npz["fingerprint"]),
+                max_length=int(npz["max_length"]),
+            )
+            n_items = int(npz["n_items"])
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        fail(path, f"damaged, or not an npz of tokenize_items.py ({first_line(error)})", again)
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != n_items or ids.dtype != np.int32:
+        shapes = f"input_ids {ids.dtype} {ids.shape}, attention_mask {mask.shape}, n_items {n_items}"
+        fail(path, f"its parts do not fit together: {shapes}", again)
+    if n_items == 0:
+        fail(path, "no rows", again)
+    empty = ~mask.any(axis=1)
+    if empty.any():
+        fail(path, f"{empty.sum()} items have no token, the first in row {empty.argmax()}", again)
+    return tokens
+
+
+def fingerprint(catalogue: pl.DataFrame) -> str:
+    """SHA-256 over parent_asin and item_context in row order: 64 hex digits, as in tokenize_items.py."""
+    digest = hashlib.sha256()
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices(65536):
+        for text in rows:
+            digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
+            digest.update(text.str.join().item().encode())
+    return digest.hexdigest()
+
+
+def read_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> pl.DataFrame:
+    """Reads every column, and ends the run where this is not the catalogue that was tokenized."""
+    if not path.is_file():
+        fail(path, f"not found, though {tokens_path} was made from it", "put the catalogue back")
+    try:
+        catalogue = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
+    texts = {column.name for column in catalogue if column.dtype == pl.String}
+    if not {"parent_asin", "item_context"} <= texts or fingerprint(catalogue) != tokens.fingerprint:
+        trouble = f"made from another catalogue, or another order of it, than {path} is now"
+        fail(tokens_path, trouble, "run tokenize_items.py again")
+    return catalogue
+
+
+# ---------------------------------------------------------------- model
+
+
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """The device and, in words, why."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        best = next(kind for kind, is_there in there.items() if is_there)
+        return torch.device(best), "the best one here"
+    if not there[name]:
+        fail(f"--device {name}", "there is none here", "use --device auto")
+    return torch.device(name), "asked for"
+
+
+def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        return AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+    except Exception as error:  # the hub, the file system and the parsers each raise their own
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        trouble = f"no model can be loaded from there ({first_line(error)})"
+        fail(f"--model_name {name}", trouble, "check the name and the network, or give a local folder")
+
+
+def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Series, tokens_path: Path) -> None:
+    """Ends the run where the model cannot have been meant by these tokens (N, W)."""
+    again = f"run tokenize_items.py with --model_name {name}"
+    known, top = model.get_input_embeddings().num_embeddings, int(tokens.input_ids.max())
+    if top >= known or tokens.input_ids.min() < 0:
+        fail(tokens_path, f"holds token {top}, but {name} knows only {known}", again)
+    width, limit = tokens.input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if limit and width > limit:
+        fail(
+            tokens_path,
+            f"items of {width} tokens; {name} reads only {limit}",
+            f"{again} --max_length {limit}",
+        )
+    if name == tokens.model_name:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception:  # a folder of weights alone: the vocabulary's size has been checked
+        return
+    for row, text in enumerate(texts):
+        prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
+        expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
+        if expected != tokens.input_ids[row][tokens.attention_mask[row] > 0].tolist():
+            trouble = f"made for {tokens.model_name}, and {name} cuts the same text into other tokens"
+            fail(tokens_path, trouble, again)
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector an item, whichever side is padded: hidden (B, T, H), mask (B, T) -> (B, H).
+
+    last: the last real token, as Qwen3-Embedding was trained (its model card); cls: the first; mean: all,
+    as in Sentence-BERT (arXiv:1908.10084).
+    """
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).float()
+        return (hidden.float() * weights).sum(1) / weights.sum(1)
+    order = torch.arange(mask.shape[1], device=mask.device)
+    real = mask > 0
+    position = (order * real).argmax(1) if pooling == "last" else real.int().argmax(1)  # (B,)
+    return hidden[torch.arange(len(hidden), device=mask.device), position]
+
+
+@torch.inference_mode()
+def embed(model: PreTrainedModel, input_ids: Tensor, mask: Tensor, config: EmbedConfig) -> Tensor:
+    """Unit vectors in float32, truncated first and normalised after: input_ids, mask (B, T) -> (B, D)."""
+    input_ids, mask = (tensor.to(model.device, non_blocking=True) for tensor in (input_ids, mask))
+    hidden = model(input_ids=input_ids, attention_mask=mask).last_hidden_state  # (B, T, H)
+    return F.normalize(pool(hidden, mask, config.pooling).float()[:, : config.target_dim], dim=-1)
+
+
+# ---------------------------------------------------------------- batches
+
+
+class TokenDataset(Dataset):
+    """Hands out whole batches: an array of rows in, their ids and mask without the columns none needs out."""
+
+    def __init__(self, tokens: Tokens):
+        self.tokens = tokens
+        self.lengths = tokens.attention_mask.sum(axis=1, dtype=np.int64)  # (N,)
+
+    def __len__(self) -> int:
+        return len(self.tokens.input_ids)
+
+    def __getitem__(self, rows: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
+        mask = self.tokens.attention_mask[rows]
+        used = mask.any(axis=0)  # (W,) padding on either side goes
+        input_ids = self.tokens.input_ids[rows][:, used].astype(np.int64)  # (B, T)
+        return rows, torch.from_numpy(input_ids), torch.from_numpy(mask[:, used].astype(np.int64))
+
+
+def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
+    """Rows in batches of similar length, longest first: what fits in memory at the start fits to the end."""
+    order = np.argsort(-lengths, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, tokens_per_batch // lengths[order[start]])
+        batches.append(order[start : start + size])
+        start += size
+    return batches
+
+
+def alone_and_together(model: PreTrainedModel, dataset: TokenDataset, config: EmbedConfig) -> float:
+    """The worst cosine between items embedded alone and in one batch: 1 where padding changes nothing."""
+    by_length = np.argsort(dataset.lengths, kind="stable")
+    rows = by_length[np.linspace(0, len(dataset) - 1, min(ITEMS_CHECKED, len(dataset))).astype(int)]
+    _, input_ids, mask = dataset[rows]
+    together = embed(model, input_ids, mask, config)
+    alone = torch.cat([embed(model, *dataset[rows[i : i + 1]][1:], config) for i in range(len(rows))])
+    return F.cosine_similarity(alone, together).min().item()
+
+
+def embed_all(model: PreTrainedModel, dataset: TokenDataset, config: EmbedConfig) -> np.ndarray:
+    """Every item's vector in catalogue order: (N, D) float32."""
+    batches = batches_by_length(dataset.lengths, config.tokens_per_batch)
+    on_gpu = model.device.type == "cuda"
+    loader = DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=on_gpu)
+    width = min(config.target_dim, model.config.hidden_size)
+    embeddings = np.full((len(dataset), width), np.nan, dtype=np.float32)  # a row left out would be found
+    with tqdm(total=len(dataset), unit=" items", desc="embed", smoothing=0.05) as progress:
+        for rows, input_ids, mask in loader:
+            embeddings[rows] = embed(model, input_ids, mask, config).cpu().numpy()
+            progress.update(len(rows))
+    return embeddings
+
+
+# ---------------------------------------------------------------- output
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        trouble = f"cannot be written ({first_line(error)})"
+        fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(argv)
+    folder = Path(config.data_dir)
+    tokens_path = folder / f"{config.category}_tokenized.npz"
+    catalogue_path = folder / f"{config.category}_items_updated.parquet"
+    target = folder / f"{config.category}_items_with_embeddings.parquet"
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+
+    device, why = choose_device(config.device)
+    tokens = read_tokens(tokens_path)
+    catalogue = read_catalogue(catalogue_path, tokens, tokens_path)
+    n = min(config.num_rows or len(tokens.input_ids), len(tokens.input_ids))
+    tokens = tokens._replace(input_ids=tokens.input_ids[:n], attention_mask=tokens.attention_mask[:n])
+    print(f"{n:,} of {catalogue.height:,} items of {catalogue_path}")
+    catalogue = catalogue.head(n)
+
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model_name = config.model_name or tokens.model_name
+    model = load_model(model_name, DTYPES[dtype], device)
+    check_fit(model, model_name, tokens, catalogue["item_context"].head(ITEMS_CHECKED), tokens_path)
+    size = model.config.hidden_size
+    print(f"{model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
+    print(f"device {device} ({why}), dtype {dtype}, pooling {config.pooling}")
+    if config.target_dim > size:
+        print(f"target_dim {config.target_dim} is more than the model has: all {size} dimensions are kept")
+
+    dataset = TokenDataset(tokens)
+    agreement = alone_and_together(model, dataset, config)
+    print(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
+    if agreement < GOOD_AGREEMENT:
+        warn(f"below {GOOD_AGREEMENT}: padding changes the vectors; try --dtype float32 or another --pooling")
+    start = time.perf_counter()
+    embeddings = embed_all(model, dataset, config)  # (N, D)
+    seconds = time.perf_counter() - start
+    print(f"{n / seconds:,.0f} items and {dataset.lengths.sum() / seconds:,.0f} tokens a second")
+    broken = ~np.isfinite(embeddings).all(axis=1)
+    if count := int(broken.sum()):
+        first = catalogue["parent_asin"][int(broken.argmax())]
+        trouble = f"{count} items became NaN or infinite with {model_name} in {dtype}, the first is {first!r}"
+        fail(tokens_path, trouble, "use --dtype float32")
+
+    vectors = pl.Series("embedding", embeddings).cast(pl.List(pl.Float32))
+    metadata = {
+        "format_version": str(FORMAT_VERSION),
+        "model_name": model_name,
+        "instruction": tokens.instruction,
+        "pooling": config.pooling,
+        "dtype": dtype,
+        "n_items": str(n),
+        "fingerprint": tokens.fingerprint,
+    }
+    with replacing(target) as temporary:
+        catalogue.with_columns(vectors).write_parquet(temporary, metadata=metadata)
+    print(f"wrote {target}: {n:,} x {embeddings.shape[1]}, {target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
