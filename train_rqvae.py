@@ -1,0 +1,1269 @@
+"""Trains an RQ-VAE on item embeddings and gives every item its semantic ID. CUDA, MPS or CPU.
+
+Reads   data/output/{category}_items_with_embeddings.parquet   (parent_asin, embedding)
+Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
+        data/output/{category}_semantic_ids.parquet            (one distinct ID an item)
+
+    python train_rqvae.py --category Video_Games                                    # the full run, on a GPU
+    python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 # a first result on a CPU
+    python train_rqvae.py --category Video_Games --resume                           # go on after a stop
+    python train_rqvae.py --category Video_Games --export_only                      # IDs from best_model.pth
+
+Before: embed_items.py. Paper: Rajput et al., Recommender Systems with Generative Retrieval (TIGER),
+arXiv:2305.05065, section 3.1; the residual quantizer is Lee et al., arXiv:2203.01941.
+Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes a level.
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+import wandb
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+LIST_FLAGS = "--help lists the flags"
+ROWS_PER_PASS = 32768  # rows encoded at once outside training
+KMEANS_ROWS = 200_000  # more rows do not move 256 centres
+MOST_AUTOENCODER_STEPS = 1000
+LAST_RESET = 0.8  # of all steps: a code revived later would not settle
+EXAMPLE_PREFIXES, EXAMPLE_ITEMS = 8, 4
+UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, AttributeError, KeyError, pickle.UnpicklingError)
+MODEL_FIELDS = (
+    "item_embedding_dim",
+    "encoder_hidden_dims",
+    "codebook_embedding_dim",
+    "codebook_quantization_levels",
+    "codebook_size",
+)
+FREE_FIELDS = {  # may differ between a run and the run that resumes it
+    "data_dir", "checkpoint_dir", "device", "num_epochs", "max_steps", "steps_per_train_log", "steps_per_val_log",
+    "steps_per_checkpoint", "wandb_project", "resume", "export_only", "collisions",
+}  # fmt: skip
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass
+class RQVAEConfig:
+    """The command line of this script: every field is a flag, and every checkpoint carries them."""
+
+    category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
+    data_dir: str = HfArg(default="data/output", help="Folder of the embeddings and of the IDs.")
+    checkpoint_dir: str = HfArg(default="checkpoints/rqvae", help="Folder of the checkpoints.")
+    num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
+    device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
+    seed: int = HfArg(default=42, help="Seed of the weights, the split, the batches and k-means.")
+
+    item_embedding_dim: int | None = HfArg(
+        default=None, help="Dimension D of the embeddings; by default the file's own."
+    )
+    encoder_hidden_dims: list[int] = HfArg(
+        default_factory=lambda: [512, 256, 128],
+        help="Hidden layers of the encoder; the decoder mirrors them.",
+    )
+    codebook_embedding_dim: int = HfArg(default=32, help="Dimension E of the latents and the codes.")
+    codebook_quantization_levels: int = HfArg(default=3, help="Levels L: codes in an ID.")
+    codebook_size: int = HfArg(default=256, help="Codes K a level.")
+    commitment_weight: float = HfArg(default=0.25, help="Weight beta of the commitment loss.")
+    use_rotation_trick: bool = HfArg(
+        default=False, help="Pass gradients by the rotation trick instead of straight through."
+    )
+    use_ema_vq: bool = HfArg(default=False, help="Move the codes by moving averages instead of gradients.")
+    ema_decay: float = HfArg(default=0.99, help="Decay of those averages, an optimizer step.")
+
+    batch_size: int = HfArg(default=32768, help="Rows in a batch (at most all there are).")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Batches in an optimizer step.")
+    num_epochs: int = HfArg(default=20000, help="Passes over the training rows.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps in all, warm-up included; -1 for no limit.")
+    max_lr: float = HfArg(default=3e-4, help="Peak learning rate.")
+    min_lr: float = HfArg(default=1e-6, help="Learning rate at the end of the cosine.")
+    scheduler_type: Literal["cosine", "cosine_with_warmup"] = HfArg(
+        default="cosine_with_warmup", help="Learning rate: a cosine, with a linear rise before it or without."
+    )
+    warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
+    gradient_clip_norm: float = HfArg(default=100.0, help="Largest gradient norm; 0 for no clipping.")
+    input_noise: float = HfArg(
+        default=0.5, help="Noise on the training inputs, in standard deviations of the embeddings."
+    )
+    input_mixing: float = HfArg(
+        default=0.3, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
+    )
+
+    use_kmeans_init: bool = HfArg(
+        default=True, help="Start the codes from k-means of the latents of a short autoencoder training."
+    )
+    autoencoder_steps: int | None = HfArg(
+        default=None, help="Steps of that training; by default a fifth of all, at most 1000."
+    )
+    reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
+    steps_per_codebook_reset: int = HfArg(default=50, help="Steps over which a code must be used.")
+
+    val_split: float = HfArg(default=0.05, help="Share of the rows held out to choose the best model.")
+    steps_per_train_log: int = HfArg(default=50, help="Steps between two logged training losses.")
+    steps_per_val_log: int = HfArg(default=250, help="Steps between two validations over the whole catalogue.")
+    steps_per_checkpoint: int = HfArg(default=2500, help="Steps between two numbered checkpoints.")
+    wandb_project: str = HfArg(default="semantic-ids", help="Weights & Biases project.")
+
+    resume: bool = HfArg(default=False, help="Go on from the newest sound checkpoint in checkpoint_dir.")
+    export_only: bool = HfArg(default=False, help="Write the IDs from best_model.pth without training.")
+    collisions: Literal["assign", "suffix", "keep"] = HfArg(
+        default="assign",
+        help="Items with equal codes: assign each another last code, add one more code, or keep them equal.",
+    )
+
+    def __post_init__(self):
+        at_least = {
+            "num_rows": 1, "item_embedding_dim": 1, "codebook_embedding_dim": 1, "codebook_quantization_levels": 1,
+            "codebook_size": 2, "commitment_weight": 0, "batch_size": 1, "gradient_accumulation_steps": 1,
+            "num_epochs": 1, "max_lr": 1e-12, "min_lr": 0, "warmup_steps": 0, "gradient_clip_norm": 0,
+            "input_noise": 0, "input_mixing": 0, "autoencoder_steps": 0, "steps_per_codebook_reset": 1,
+            "val_split": 0, "steps_per_train_log": 1, "steps_per_val_log": 1, "steps_per_checkpoint": 1, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"--{name} {value}: must be at least {least}")
+        for name in ("val_split", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for no limit")
+        if min(self.encoder_hidden_dims, default=1) < 1:
+            raise ValueError(f"--encoder_hidden_dims {self.encoder_hidden_dims}: must all be at least 1")
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
+
+
+def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
+    """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
+    print("error:", " ".join(f"{what}: {trouble}; {way_out}".split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(message: str) -> None:
+    print("warning:", message, file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def parse_config(argv: list[str] | None) -> RQVAEConfig:
+    parser = HfArgumentParser(RQVAEConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: fail("command line", message, LIST_FLAGS)
+    try:
+        config, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:
+        fail("command line", str(error), LIST_FLAGS)
+    if unknown:
+        fail("command line", f"unknown argument {unknown[0]!r}", LIST_FLAGS)
+    return config
+
+
+# ---------------------------------------------------------------- data
+
+
+class EmbeddingDataset(Dataset):
+    """The embeddings of a catalogue as one tensor, with what names its items.
+
+    embeddings (N, D) float32; parent_asin and labels (N) text: labels are titles, else the start of the text.
+    Reading a file that breaks the contract ends the run with a line that says how.
+    """
+
+    def __init__(self, path: str | Path, num_rows: int | None = None):
+        path, again = Path(path), "run embed_items.py again"
+        if not path.is_file():
+            fail(path, "not found", "run embed_items.py first")
+        try:
+            columns = pl.read_parquet_schema(path)
+            for name in ("parent_asin", "embedding"):
+                if name not in columns:
+                    fail(path, f"no column {name} among {', '.join(columns)}", again)
+            label = next((name for name in ("title", "item_context") if name in columns), "parent_asin")
+            wanted = list(dict.fromkeys(["parent_asin", label, "embedding"]))
+            table = pl.read_parquet(path, columns=wanted, n_rows=num_rows)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            fail(path, f"not a readable parquet file ({first_line(error)})", again)
+        if table.height == 0:
+            fail(path, "no rows", again)
+        self.parent_asin = table["parent_asin"]
+        self.labels = table[label].cast(pl.String).fill_null("")
+        self._check_names(path)
+        self.embeddings = self._as_tensor(table["embedding"], path)  # (N, D)
+
+    def _check_names(self, path: Path) -> None:
+        if self.parent_asin.dtype != pl.String or self.parent_asin.null_count():
+            fail(path, "parent_asin is not text in every row", "run tokenize_items.py and embed_items.py again")
+        repeated = (~self.parent_asin.is_first_distinct()).to_numpy()
+        if repeated.any():
+            first = self.parent_asin[int(repeated.argmax())]
+            trouble = f"{repeated.sum()} duplicate parent_asin, the first is {first!r} in row {repeated.argmax()}"
+            fail(path, trouble, "keep one row of each and run the three scripts again")
+
+    def _as_tensor(self, column: pl.Series, path: Path) -> Tensor:
+        again = "run embed_items.py again"
+        if column.dtype not in (pl.List(pl.Float32), pl.List(pl.Float64)) and column.dtype.base_type() != pl.Array:
+            fail(path, f"embedding is {column.dtype}, not a list of Float32", again)
+        if column.dtype.base_type() == pl.Array:
+            column = column.arr.to_list()
+        sizes = column.list.len().fill_null(0).to_numpy()
+        odd = sizes != sizes[0] if sizes[0] else sizes == 0
+        if odd.any():
+            row = int(odd.argmax())
+            fail(path, f"{odd.sum()} embeddings are not of one dimension, the first in row {row}", again)
+        array = column.list.to_array(int(sizes[0])).to_numpy().astype(np.float32, copy=True)
+        broken = ~np.isfinite(array).all(axis=1)
+        if broken.any():
+            first = self.parent_asin[int(broken.argmax())]
+            fail(path, f"{broken.sum()} NaN or infinite embeddings, the first is item {first!r}", again)
+        return torch.from_numpy(array)
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows) -> Tensor:
+        return self.embeddings[rows]
+
+
+# ---------------------------------------------------------------- quantization
+
+
+def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the code nearest in Euclidean distance: x (B, E), codebook (K, E) -> (B)."""
+    # ||x - c||^2 without the ||x||^2 that all codes share
+    return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)
+
+
+def straight_through(x: Tensor, code: Tensor) -> Tensor:
+    """Exactly `code` forwards; backwards the gradient goes to x unchanged (arXiv:1711.00937, section 3.2)."""
+    return code.detach() + (x - x.detach())
+
+
+def rotate_to(x: Tensor, code: Tensor) -> Tensor:
+    """Exactly `code` forwards; backwards the rotation trick (arXiv:2410.06424, equation 4): x, code (B, E).
+
+    The gradient is that of lambda R x, where the constant R rotates x onto the direction of the code and
+    lambda = |code| / |x| matches their lengths; R = I - 2 r r^T + 2 q e^T for unit e = x/|x|, q = code/|code|
+    and r = (e + q)/|e + q|.
+    """
+    with torch.no_grad():
+        e, q = F.normalize(x, dim=-1), F.normalize(code, dim=-1)
+        r = F.normalize(e + q, dim=-1)
+        scale = code.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    rotated = scale * (x - 2 * (x * r).sum(-1, keepdim=True) * r + 2 * (x * e).sum(-1, keepdim=True) * q)
+    return code.detach() + (rotated - rotated.detach())
+
+
+class QuantizerOutput(NamedTuple):
+    """One level's answer."""
+
+    quantized: Tensor  # (B, E) the codes' vectors, carrying the gradient to the input
+    codes: Tensor  # (B) int64
+    codebook_loss: Tensor  # () mean |sg[x] - code|^2
+    commitment_loss: Tensor  # () mean |x - sg[code]|^2, without its weight beta
+
+
+class VectorQuantizer(nn.Module):
+    """A learnable codebook (arXiv:1711.00937): K codes of dimension E, moved by the codebook loss."""
+
+    def __init__(self, codebook_size: int, codebook_embedding_dim: int, use_rotation_trick: bool = False):
+        super().__init__()
+        self.estimator = rotate_to if use_rotation_trick else straight_through
+        codebook = torch.randn(codebook_size, codebook_embedding_dim)  # (K, E)
+        self.register_codebook(codebook / math.sqrt(codebook_embedding_dim))
+
+    def register_codebook(self, codebook: Tensor) -> None:
+        self.codebook = nn.Parameter(codebook)
+
+    def forward(self, x: Tensor) -> QuantizerOutput:
+        """Quantizes x (B, E) in float32."""
+        x = x.float()
+        codes = nearest_codes(x.detach(), self.codebook.detach())
+        vectors = self.codebook[codes]  # (B, E)
+        return QuantizerOutput(
+            quantized=self.estimator(x, vectors),
+            codes=codes,
+            codebook_loss=(vectors - x.detach()).square().sum(1).mean(),
+            commitment_loss=(x - vectors.detach()).square().sum(1).mean(),
+        )
+
+    @torch.no_grad()
+    def set_codes(self, which: Tensor, vectors: Tensor) -> None:
+        """Puts the codes of these indices at these vectors: which (M), vectors (M, E)."""
+        self.codebook[which] = vectors
+
+    def end_step(self) -> None:
+        """Called after each optimizer step."""
+
+
+class EMAVectorQuantizer(VectorQuantizer):
+    """A codebook moved by exponential moving averages (arXiv:1711.00937, appendix A.1) instead of gradients.
+
+    Sums over the batches of an optimizer step are folded in once, at its end, so that accumulating gradients
+    over small batches equals one large batch.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_embedding_dim: int,
+        use_rotation_trick: bool = False,
+        ema_decay: float = 0.99,
+    ):
+        super().__init__(codebook_size, codebook_embedding_dim, use_rotation_trick)
+        self.ema_decay = ema_decay
+
+    def register_codebook(self, codebook: Tensor) -> None:
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("ema_counts", torch.ones(len(codebook)))  # (K) items a code stands for
+        self.register_buffer("ema_sums", codebook.clone())  # (K, E)
+        self.register_buffer("step_counts", torch.zeros(len(codebook)), persistent=False)
+        self.register_buffer("step_sums", torch.zeros_like(codebook), persistent=False)
+
+    def forward(self, x: Tensor) -> QuantizerOutput:
+        """Quantizes x (B, E) in float32; in training, also counts it for the averages."""
+        output = super().forward(x)
+        if self.training:
+            self.step_counts.index_add_(0, output.codes, torch.ones_like(output.codes, dtype=torch.float32))
+            self.step_sums.index_add_(0, output.codes, x.detach().float())
+        return output
+
+    @torch.no_grad()
+    def set_codes(self, which: Tensor, vectors: Tensor) -> None:
+        super().set_codes(which, vectors)
+        self.ema_counts[which] = 1.0
+        self.ema_sums[which] = vectors
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Equations of appendix A.1: N = decay N + (1 - decay) n, m = decay m + (1 - decay) sum, code = m / N."""
+        self.ema_counts.lerp_(self.step_counts, 1 - self.ema_decay)
+        self.ema_sums.lerp_(self.step_sums, 1 - self.ema_decay)
+        # a code without items keeps its place: both averages fade together
+        self.codebook.copy_(self.ema_sums / self.ema_counts.clamp_min(1e-12).unsqueeze(1))
+        self.step_counts.zero_()
+        self.step_sums.zero_()
+
+
+# ---------------------------------------------------------------- model
+
+
+class Quantized(NamedTuple):
+    """What the residual walk found on its way down the levels."""
+
+    vectors: Tensor  # (B, E) sum of the codes, carrying the gradient to the latents
+    codes: Tensor  # (B, L) int64
+    codebook_losses: Tensor  # (L)
+    commitment_losses: Tensor  # (L)
+    residuals: Tensor  # (B, E) what no level explained
+
+
+class Losses(NamedTuple):
+    """The terms of total = reconstruction + sum over levels (codebook + beta commitment), each a mean over B."""
+
+    total: Tensor  # ()
+    reconstruction: Tensor  # () squared error of the standardised embedding, summed over D
+    vq: Tensor  # ()
+    quantized: Quantized
+
+
+def mlp(sizes: list[int]) -> nn.Sequential:
+    """Linear layers with a SiLU between each two."""
+    layers = []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class RQVAE(nn.Module):
+    """Residual-quantized autoencoder of embeddings (TIGER, arXiv:2305.05065, section 3.1).
+
+    Takes and returns embeddings as stored; inside it sees them standardised by one mean vector and one scale,
+    which it keeps, so that the reconstruction and the quantization losses are of one magnitude.
+    """
+
+    def __init__(self, config: RQVAEConfig):
+        super().__init__()
+        self.config = config
+        dim, latent_dim = config.item_embedding_dim or 1024, config.codebook_embedding_dim
+        sizes = [dim, *config.encoder_hidden_dims, latent_dim]
+        self.register_buffer("input_mean", torch.zeros(dim))
+        self.register_buffer("input_scale", torch.ones(()))
+        self.encoder = mlp(sizes)
+        self.decoder = mlp(sizes[::-1])
+        size, rotation = config.codebook_size, config.use_rotation_trick
+        self.quantizers = nn.ModuleList(
+            EMAVectorQuantizer(size, latent_dim, rotation, config.ema_decay)
+            if config.use_ema_vq
+            else VectorQuantizer(size, latent_dim, rotation)
+            for _ in range(config.codebook_quantization_levels)
+        )
+
+    def standardise(self, x: Tensor) -> Tensor:
+        return (x - self.input_mean) / self.input_scale
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents: x (B, D) as stored -> (B, E)."""
+        return self.encoder(self.standardise(x))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Embeddings as stored: (B, E) -> (B, D)."""
+        return self.decoder(latents) * self.input_scale + self.input_mean
+
+    def quantize(self, latents: Tensor, before_level: Callable[[int, Tensor], None] | None = None) -> Quantized:
+        """The residual walk, the only one: each level quantizes what the levels above left: latents (B, E).
+
+        `before_level(level, residuals)` may change the level's codebook before it is used.
+        """
+        residuals, vectors, outputs = latents.float(), 0.0, []
+        for level, quantizer in enumerate(self.quantizers):
+            if before_level:
+                before_level(level, residuals.detach())
+            output = quantizer(residuals)
+            residuals = residuals - quantizer.codebook[output.codes].detach()
+            vectors = vectors + output.quantized
+            outputs.append(output)
+        return Quantized(
+            vectors=vectors,
+            codes=torch.stack([output.codes for output in outputs], dim=1),
+            codebook_losses=torch.stack([output.codebook_loss for output in outputs]),
+            commitment_losses=torch.stack([output.commitment_loss for output in outputs]),
+            residuals=residuals,
+        )
+
+    def decode_levels(self, ids: Tensor) -> Tensor:
+        """Sum of the codes of an ID or of its first levels: ids (B, l) with l <= L -> (B, E)."""
+        return sum(self.quantizers[level].codebook[ids[:, level]] for level in range(ids.shape[1]))
+
+    def forward(self, x: Tensor, target: Tensor | None = None, quantize: bool = True) -> Losses:
+        """Losses of x (B, D) against target (B, D), x itself by default; unquantized, a plain autoencoder."""
+        latents = self.encode(x)
+        if quantize:
+            quantized = self.quantize(latents)
+            vq = (quantized.codebook_losses + self.config.commitment_weight * quantized.commitment_losses).sum()
+        else:
+            quantized, vq = None, latents.new_zeros(())
+        decoded = self.decoder(quantized.vectors if quantize else latents)
+        target = self.standardise(x if target is None else target)
+        reconstruction = (decoded - target).square().sum(1).mean()
+        return Losses(reconstruction + vq, reconstruction, vq, quantized)
+
+    @torch.inference_mode()
+    def encode_to_semantic_ids(self, x: Tensor) -> Tensor:
+        """Codes of embeddings as stored: x (B, D) -> (B, L) int64; equal for items that collide."""
+        return self.quantize(self.encode(x)).codes
+
+    @torch.inference_mode()
+    def decode_from_semantic_ids(self, ids: Tensor) -> Tensor:
+        """Embeddings as stored: ids (B, L), or their first levels (B, l) -> (B, D)."""
+        return self.decode(self.decode_levels(ids))
+
+
+# ---------------------------------------------------------------- initialisation and reset
+
+
+def fit_standardisation(model: RQVAE, embeddings: Tensor) -> None:
+    """Sets the model's mean vector and scale so that embeddings (N, D) have unit variance a dimension."""
+    model.input_mean.copy_(embeddings.mean(0))
+    variance = embeddings.var(0, correction=0).mean()
+    model.input_scale.copy_(variance.sqrt() if variance > 0 else torch.ones(()))
+
+
+@torch.no_grad()
+def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
+    """Centres latents (N, E) and gives them unit variance, leaving the autoencoder's function as it was.
+
+    The encoder's last layer takes the change, and the decoder's first layer its inverse.
+    """
+    mean, scale = latents.mean(0), latents.std().clamp_min(1e-12)
+    last, first = model.encoder[-1], model.decoder[0]
+    last.bias.sub_(mean).div_(scale)
+    last.weight.div_(scale)
+    first.bias.add_(first.weight @ mean)
+    first.weight.mul_(scale)
+    return (latents - mean) / scale
+
+
+@torch.no_grad()
+def init_codebooks(model: RQVAE, latents: Tensor, seed: int) -> None:
+    """k-means of each level's residuals, one level after the other: latents (N, E)."""
+
+    def fit(level: int, residuals: Tensor) -> None:
+        quantizer = model.quantizers[level]
+        size = len(quantizer.codebook)
+        kmeans = KMeans(size, n_init=1, random_state=seed + level).fit(residuals.cpu().numpy())
+        centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
+        quantizer.set_codes(torch.arange(size, device=residuals.device), centres)
+
+    model.quantize(latents, before_level=fit)
+
+
+def start_quantizing(model: RQVAE, x: Tensor, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D)."""
+    with torch.no_grad():
+        latents = torch.cat([model.encode(part) for part in x.split(ROWS_PER_PASS)])
+    init_codebooks(model, rescale_latents(model, latents), seed)
+    optimizer.state.clear()  # moments of the weights before the rescaling
+
+
+@torch.no_grad()
+def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizer: torch.optim.Optimizer) -> int:
+    """Moves codes without usage (L, K) onto residuals of the batch x (B, D), state and all; says how many."""
+    unused = (usage == 0).cpu()  # (L, K)
+
+    def revive(level: int, residuals: Tensor) -> None:
+        which = unused[level].nonzero().squeeze(1).to(residuals.device)  # (M)
+        if len(which) == 0:
+            return
+        rows = torch.randint(len(residuals), (len(which),), device=residuals.device)
+        codebook = model.quantizers[level].codebook
+        model.quantizers[level].set_codes(which, residuals[rows])
+        for moments in optimizer.state.get(codebook, {}).values():
+            if moments.shape == codebook.shape:  # Adam's two; its step count is one number for all codes
+                moments[which] = 0
+
+    if unused.any():
+        model.eval()  # so that this walk counts for no average
+        model.quantize(model.encode(x), before_level=revive)
+        model.train()
+    return int(unused.sum())
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class CodeStatistics(NamedTuple):
+    """What a table of codes (N, L) says about the IDs of a whole catalogue."""
+
+    usage: list[float]  # (L) share of the codes that any item has
+    perplexity: list[float]  # (L) exp of the entropy of the codes
+    distinct: float  # distinct IDs / items
+    singleton: float  # items alone with their ID / items
+    largest: int  # items that share the most common ID
+
+
+def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
+    counts = torch.stack([torch.bincount(level, minlength=codebook_size) for level in codes.T]).cpu()  # (L, K)
+    share = counts.double() / len(codes)
+    _, sizes = torch.unique(codes, dim=0, return_counts=True)
+    return CodeStatistics(
+        usage=(counts > 0).double().mean(1).tolist(),
+        perplexity=torch.special.entr(share).sum(1).exp().tolist(),
+        distinct=len(sizes) / len(codes),
+        singleton=(sizes == 1).sum().item() / len(codes),
+        largest=int(sizes.max()),
+    )
+
+
+@torch.inference_mode()
+def encode_catalogue(model: RQVAE, embeddings: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Latents (N, E) and codes (N, L) of embeddings (N, D), and the mean norm of the last residual."""
+    parts = []
+    for x in embeddings.split(ROWS_PER_PASS):
+        latents = model.encode(x.to(model.input_mean.device)).float()
+        quantized = model.quantize(latents)
+        parts.append((latents, quantized.codes, quantized.residuals.norm(dim=1)))
+    latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
+    return latents, codes, norms.mean().item()
+
+
+@torch.inference_mode()
+def reconstruction_quality(model: RQVAE, embeddings: Tensor, codes: Tensor) -> tuple[float, float]:
+    """Unexplained variance, sum |x - x^|^2 / sum |x - mean|^2, and mean cosine: embeddings (N, D), codes (N, L)."""
+    error = spread = cosine = 0.0
+    mean = embeddings.mean(0).to(codes.device)
+    for x, ids in zip(embeddings.split(ROWS_PER_PASS), codes.split(ROWS_PER_PASS), strict=True):
+        x, decoded = x.to(codes.device), model.decode_from_semantic_ids(ids)
+        error += (x - decoded).square().sum().item()
+        spread += (x - mean).square().sum().item()
+        cosine += F.cosine_similarity(x, decoded).sum().item()
+    return error / spread if spread else 0.0, cosine / len(codes)
+
+
+def loss_terms(losses: Losses, config: RQVAEConfig) -> Tensor:
+    """Total, reconstruction, vq, then each level's codebook and commitment loss, as one tensor (3 + 2L)."""
+    if losses.quantized is None:
+        levels = losses.total.new_zeros(2 * config.codebook_quantization_levels)
+    else:
+        levels = torch.cat([losses.quantized.codebook_losses, losses.quantized.commitment_losses])
+    return torch.cat([torch.stack([losses.total, losses.reconstruction, losses.vq]), levels])
+
+
+def loss_metrics(prefix: str, terms: Tensor, config: RQVAEConfig) -> dict[str, float]:
+    """Those terms (3 + 2L) by name."""
+    levels = range(config.codebook_quantization_levels)
+    names = ["total_loss", "reconstruction_loss", "vq_loss"]
+    names += [f"codebook_loss_{level}" for level in levels] + [f"commitment_loss_{level}" for level in levels]
+    return {f"{prefix}/{name}": value for name, value in zip(names, terms.tolist(), strict=True)}
+
+
+@torch.inference_mode()
+def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, float]:
+    """Losses over the held-out rows, and the codes of the whole catalogue: embeddings (N, D), val_rows (V)."""
+    config = model.config
+    model.eval()
+    terms = 0.0
+    for rows in val_rows.split(ROWS_PER_PASS):
+        terms = terms + loss_terms(model(embeddings[rows]), config) * (len(rows) / len(val_rows))
+    _, codes, residual_norm = encode_catalogue(model, embeddings)
+    model.train()
+    statistics = code_statistics(codes, config.codebook_size)
+    metrics = loss_metrics("val", terms, config) | {
+        "catalogue/distinct": statistics.distinct,
+        "catalogue/singleton": statistics.singleton,
+        "catalogue/residual_norm": residual_norm,
+    }
+    for level, (usage, perplexity) in enumerate(zip(statistics.usage, statistics.perplexity, strict=True)):
+        metrics |= {f"catalogue/usage_{level}": usage, f"catalogue/perplexity_{level}": perplexity}
+    return metrics
+
+
+def progress_line(step: int, metrics: dict[str, float], config: RQVAEConfig) -> str:
+    """Everything that is tracked, in one line of a log."""
+
+    def each_level(name: str, form: str) -> str:
+        return "/".join(format(metrics[f"{name}_{i}"], form) for i in range(config.codebook_quantization_levels))
+
+    line = f"step {step}:"
+    for part in ("train", "val"):
+        if f"{part}/total_loss" in metrics:
+            total, reconstruction, vq = (metrics[f"{part}/{name}_loss"] for name in ("total", "reconstruction", "vq"))
+            line += f" {part} loss {total:.4g} = {reconstruction:.4g} + {vq:.4g}"
+            line += f" (codebook {each_level(f'{part}/codebook_loss', '.3g')},"
+            line += f" commitment {each_level(f'{part}/commitment_loss', '.3g')});"
+    if "train/gradient_norm" in metrics:
+        line += f" gradient norm {metrics['train/gradient_norm']:.3g}"
+        line += f" clipped to {metrics['train/clipped_gradient_norm']:.3g};"
+        line += f" lr {metrics['train/learning_rate']:.2e}; {metrics['train/items_per_second']:,.0f} items/s;"
+    line += f" usage {each_level('catalogue/usage', '.0%')}, perplexity {each_level('catalogue/perplexity', '.0f')},"
+    line += f" distinct {metrics['catalogue/distinct']:.1%}, singleton {metrics['catalogue/singleton']:.1%},"
+    return line + f" residual norm {metrics['catalogue/residual_norm']:.3g}"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        trouble = f"cannot be written ({first_line(error)})"
+        fail(path, trouble, "make room or set the rights there, or choose another folder")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, device: torch.device | str) -> dict:
+    """The dict of a .pth that this script wrote; ends the run where it is missing or damaged."""
+    if not path.is_file():
+        fail(path, "not found", "train first, or name another --checkpoint_dir")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        missing = {"model_state_dict", "config", "step", "epoch", "val_loss"} - checkpoint.keys()
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+        KeyError,
+        pickle.UnpicklingError,
+    ) as error:
+        fail(
+            path,
+            f"damaged, or not a checkpoint ({first_line(error)})",
+            "delete it and use another, or train again",
+        )
+    if missing:
+        fail(path, f"no {', '.join(sorted(missing))} in it", "delete it and use another, or train again")
+    return checkpoint
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
+    """The RQVAE of any checkpoint, in evaluation mode on `device`."""
+    checkpoint = read_checkpoint(Path(path), device)
+    try:
+        model = RQVAE(RQVAEConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model_state_dict"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        fail(path, f"not a checkpoint of this model ({first_line(error)})", "train again")
+    return model.to(device).eval()
+
+
+def save_checkpoint(path: Path, model: RQVAE, step: int, epoch: int, val_loss: float, **training) -> None:
+    """Writes a dict of tensors and plain Python types; `training` is what an exact resume needs."""
+    checkpoint = {
+        "model_state_dict": model.state_dict(),
+        "config": asdict(model.config),
+        "step": step,
+        "epoch": epoch,
+        "val_loss": val_loss,
+    }
+    with replacing(path) as temporary:
+        torch.save(checkpoint | training, temporary)
+
+
+# ---------------------------------------------------------------- distinct IDs
+
+
+def group_rows(keys: np.ndarray) -> list[np.ndarray]:
+    """Rows (N) that share a key, one array a group, rows in order."""
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+
+
+def prefix_keys(codes: np.ndarray, level: int) -> np.ndarray:
+    """One number an item for the first `level` codes of codes (N, L), equal where they are: (N)."""
+    keys = np.zeros(len(codes), dtype=np.int64)
+    for column in codes.T[:level]:
+        _, keys = np.unique(keys * (codes.max() + 1) + column, return_inverse=True)
+    return keys
+
+
+def squared_distances(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """x (n, E), codebook (K, E) -> (n, K)."""
+    return (x**2).sum(1, keepdims=True) + (codebook**2).sum(1) - 2 * x @ codebook.T
+
+
+def spill(codes: np.ndarray, cost: np.ndarray, capacity: int) -> np.ndarray:
+    """Moves items off codes that more than `capacity` share, those that lose least first: codes (n), cost (n, K)."""
+    codes = codes.copy()
+    counts = np.bincount(codes, minlength=cost.shape[1])  # (K)
+    while counts.max() > capacity:
+        full = counts.argmax()
+        members = np.flatnonzero(codes == full)
+        open_cost = np.where(counts < capacity, cost[members], np.inf)
+        target = open_cost.argmin(1)
+        loss = open_cost.min(1) - cost[members, full]
+        for i in np.argsort(loss, kind="stable")[: counts[full] - capacity]:
+            if counts[target[i]] < capacity:  # else it was filled just now: the next round looks elsewhere
+                codes[members[i]] = target[i]
+                counts[[full, target[i]]] += [-1, 1]
+    return codes
+
+
+def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> codes (N, L).
+
+    From the first level down, a prefix that more items share than IDs start with it gives some to the next
+    nearest; at the last level, the items of a prefix get different codes at the least sum of squared distances
+    (scipy.optimize.linear_sum_assignment). Only prefixes with collisions change. Needs N <= K^L.
+    """
+    codes, (levels, size, _) = codes.copy(), codebooks.shape
+    for level in range(levels):
+        capacity = size ** (levels - 1 - level)  # IDs below each code of this level
+        _, group, counts = np.unique(prefix_keys(codes, level + 1), return_inverse=True, return_counts=True)
+        crowded = counts[group] > capacity  # (N)
+        parents = prefix_keys(codes, level)
+        for rows in group_rows(np.where(np.isin(parents, parents[crowded]), parents, -1)):
+            if not crowded[rows].any():  # the prefixes left alone, in one group
+                continue
+            above = sum(codebooks[above][codes[rows, above]] for above in range(level))
+            residuals = latents[rows] - above  # (n, E)
+            cost = squared_distances(residuals, codebooks[level])  # (n, K)
+            if level == levels - 1:
+                codes[rows, level] = linear_sum_assignment(cost)[1]
+                continue
+            codes[rows, level] = spill(codes[rows, level], cost, capacity)
+            for below in range(level + 1, levels):
+                residuals = residuals - codebooks[below - 1][codes[rows, below - 1]]
+                codes[rows, below] = squared_distances(residuals, codebooks[below]).argmin(1)
+    return codes
+
+
+def count_within(codes: np.ndarray) -> np.ndarray:
+    """TIGER's suffix (section 3.1): codes (N, L) and a number that counts the items of equal codes, (N, L + 1)."""
+    suffix = np.zeros(len(codes), dtype=codes.dtype)
+    for rows in group_rows(prefix_keys(codes, codes.shape[1])):
+        suffix[rows] = np.arange(len(rows))
+    return np.column_stack([codes, suffix])
+
+
+# ---------------------------------------------------------------- training
+
+
+def choose_device(name: str) -> tuple[torch.device, str]:
+    """The device and, in words, why."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        best = next(kind for kind, is_there in there.items() if is_there)
+        return torch.device(best), "the best one here"
+    if not there[name]:
+        fail(f"--device {name}", "there is none here", "use --device auto")
+    return torch.device(name), "asked for"
+
+
+def split_rows(n: int, config: RQVAEConfig) -> tuple[Tensor, Tensor]:
+    """Training and validation rows of n, the same for a seed; without a validation split, all rows are both."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
+    held_out = round(n * config.val_split)
+    if held_out == 0:
+        return order, order
+    return order[held_out:], order[:held_out]
+
+
+def learning_rate(step: int, total_steps: int, config: RQVAEConfig) -> float:
+    """Of optimizer step `step`, from 0: a linear rise over warmup_steps, then a cosine from max_lr to min_lr."""
+    warmup = config.warmup_steps if config.scheduler_type == "cosine_with_warmup" else 0
+    if step < warmup:
+        return config.max_lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    return config.min_lr + (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * min(1, progress))) / 2
+
+
+def shuffled(rows: Tensor, epoch: int, seed: int) -> Tensor:
+    """The training rows in the order of this epoch, the same for a seed whenever it is asked for."""
+    generator = torch.Generator().manual_seed(seed + 1_000_003 * (epoch + 1))
+    return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+
+
+def augment(x: Tensor, model: RQVAE, config: RQVAEConfig) -> tuple[Tensor, Tensor]:
+    """Training inputs and what they should become, (B, D) both, so that a small catalogue is not learned by heart.
+
+    Inputs are mixed in pairs, as in mixup (arXiv:1710.09412), and drawn out to the variance they had; then
+    noise is added that the reconstruction should not have, as in a denoising autoencoder.
+    """
+    if config.input_mixing:
+        share = torch.distributions.Beta(config.input_mixing, config.input_mixing).sample((len(x), 1)).to(x)
+        centred = x - model.input_mean
+        mixed = share * centred + (1 - share) * centred.roll(1, dims=0)
+        x = model.input_mean + mixed / (share.square() + (1 - share).square()).sqrt()
+    return x + config.input_noise * model.input_scale * torch.randn_like(x), x
+
+
+class StepResult(NamedTuple):
+    """One optimizer step; everything stays on the device until it is logged."""
+
+    terms: Tensor  # (3 + 2L) total, reconstruction, vq, codebook and commitment loss of each level
+    codes: Tensor | None  # (rows, L), None for a plain autoencoder step
+    gradient_norm: Tensor  # () before clipping
+
+
+def train_step(
+    model: RQVAE, optimizer: torch.optim.Optimizer, embeddings: Tensor, rows: Tensor, quantize: bool
+) -> StepResult:
+    """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step."""
+    config, terms, codes = model.config, 0.0, []
+    for batch in rows.split(config.batch_size):
+        share = len(batch) / len(rows)
+        losses = model(*augment(embeddings[batch], model, config), quantize)
+        (losses.total * share).backward()
+        terms = terms + loss_terms(losses, config).detach() * share
+        codes += [losses.quantized.codes] if quantize else []
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm or math.inf)
+    optimizer.step()
+    optimizer.zero_grad()
+    if quantize:
+        for quantizer in model.quantizers:
+            quantizer.end_step()
+    return StepResult(terms, torch.cat(codes) if quantize else None, norm)
+
+
+class Plan(NamedTuple):
+    """Sizes that follow from the configuration and the number of items."""
+
+    train_rows: Tensor
+    val_rows: Tensor
+    rows_per_step: int
+    steps_per_epoch: int
+    total_steps: int
+    autoencoder_steps: int
+
+
+def plan_training(n: int, config: RQVAEConfig) -> Plan:
+    train_rows, val_rows = split_rows(n, config)
+    rows_per_step = min(config.batch_size * config.gradient_accumulation_steps, len(train_rows))
+    steps_per_epoch = len(train_rows) // rows_per_step
+    total_steps = config.num_epochs * steps_per_epoch
+    if config.max_steps > 0:
+        total_steps = min(total_steps, config.max_steps)
+    autoencoder_steps = config.autoencoder_steps
+    if autoencoder_steps is None:
+        autoencoder_steps = min(total_steps // 5, MOST_AUTOENCODER_STEPS)
+    return Plan(
+        train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps,
+        autoencoder_steps if config.use_kmeans_init else 0,
+    )  # fmt: skip
+
+
+@contextmanager
+def finishing_steps() -> Iterator[list[int]]:
+    """Yields a list that Ctrl-C or SIGTERM appends to, for the loop to end after its step; a second ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def random_states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+
+
+def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> bool:
+    """Trains to the last step and writes the checkpoints: embeddings (N, D) on the device; False if interrupted.
+
+    `data` names the embeddings in the checkpoints, `resumed` is the checkpoint to go on from, `run` is W&B's.
+    """
+    config, device, folder = model.config, embeddings.device, Path(model.config.checkpoint_dir)
+    train_rows, val_rows = plan.train_rows.to(device), plan.val_rows.to(device)
+    levels, size = config.codebook_quantization_levels, config.codebook_size
+    usage = torch.zeros(levels, size, dtype=torch.int64, device=device)  # (L, K) since the last reset
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.max_lr)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate(step, plan.total_steps, config) / config.max_lr
+    )
+    start, best, metrics = 0, math.inf, {}
+    if resumed:
+        model.load_state_dict(resumed["model_state_dict"])
+        optimizer.load_state_dict(resumed["optimizer_state_dict"])
+        scheduler.load_state_dict(resumed["scheduler_state_dict"])
+        restore_random_states(resumed["random_states"])
+        usage.copy_(resumed["usage"])
+        start, best, metrics = resumed["step"], resumed["best_val_loss"], resumed["metrics"]
+    else:
+        fit_standardisation(model, embeddings[train_rows])
+
+    def save(name: str, step: int, **training) -> None:
+        epoch = step // plan.steps_per_epoch
+        save_checkpoint(folder / name, model, step, epoch, metrics.get("val/total_loss", math.inf), **training,
+                        metrics=metrics, data=data)  # fmt: skip
+
+    def save_numbered(step: int) -> None:
+        save(f"checkpoint_step_{step}.pth", step, optimizer_state_dict=optimizer.state_dict(),
+             scheduler_state_dict=scheduler.state_dict(), random_states=random_states(), usage=usage,
+             best_val_loss=best, wandb_run_id=run.id)  # fmt: skip
+
+    model.train()
+    last_log, last_time, order, order_epoch = start, time.perf_counter(), None, None
+    bar = tqdm(total=plan.total_steps, initial=start, desc="train", unit=" steps", smoothing=0.05)
+    with finishing_steps() as asked_to_stop, bar:
+        for step in range(start + 1, plan.total_steps + 1):
+            epoch, place = divmod(step - 1, plan.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = shuffled(train_rows, epoch, config.seed), epoch
+            rows = order[place * plan.rows_per_step : (place + 1) * plan.rows_per_step]
+            if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
+                start_quantizing(model, embeddings[train_rows[:KMEANS_ROWS]], optimizer, config.seed)
+            quantize = step > plan.autoencoder_steps
+            result = train_step(model, optimizer, embeddings, rows, quantize)
+            rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            if quantize:
+                usage.scatter_add_(1, result.codes.T, torch.ones_like(result.codes.T))
+                early = step <= LAST_RESET * plan.total_steps
+                if config.reset_unused_codes and early and step % config.steps_per_codebook_reset == 0:
+                    reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizer)
+                    usage.zero_()
+
+            if step % config.steps_per_train_log == 0:
+                logged = loss_metrics("train", result.terms, config)
+                norm, now = result.gradient_norm.item(), time.perf_counter()
+                limit = config.gradient_clip_norm or math.inf
+                logged["train/gradient_norm"], logged["train/clipped_gradient_norm"] = norm, min(norm, limit)
+                logged["train/learning_rate"] = rate
+                logged["train/items_per_second"] = (step - last_log) * plan.rows_per_step / (now - last_time)
+                last_log, last_time = step, now
+                if not math.isfinite(logged["train/total_loss"]):
+                    broken = next(name for name, value in logged.items() if not math.isfinite(value))
+                    raise FloatingPointError(f"{broken} became {logged[broken]} by step {step}; lower --max_lr")
+                run.log(logged, step=step)
+                metrics |= logged
+                bar.set_postfix_str(f"loss {logged['train/total_loss']:.4g}, lr {rate:.2e}, norm {norm:.3g}")
+            if quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps):
+                measured = validate(model, embeddings, val_rows)
+                run.log(measured, step=step)
+                metrics |= measured
+                better = measured["val/total_loss"] < best
+                if better:
+                    best = measured["val/total_loss"]
+                    save("best_model.pth", step)
+                bar.write(progress_line(step, metrics, config) + ("  best" if better else ""))
+            if step % config.steps_per_checkpoint == 0:
+                save_numbered(step)
+            bar.update()
+            if asked_to_stop and step < plan.total_steps:
+                save_numbered(step)
+                return False
+    save("final_model.pth", plan.total_steps)
+    return True
+
+
+# ---------------------------------------------------------------- export and report
+
+
+def level_table(before: CodeStatistics) -> str:
+    rows = [f"{'level':>5}  {'codes used':>10}  {'perplexity':>10}"]
+    for level, (usage, perplexity) in enumerate(zip(before.usage, before.perplexity, strict=True)):
+        rows.append(f"{level:>5}  {usage:>10.1%}  {perplexity:>10.1f}")
+    return "\n".join(rows)
+
+
+def example_prefixes(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
+    """First codes spread over the catalogue, each with the items of its most common continuations."""
+    groups = [rows for rows in group_rows(codes[:, 0]) if len(rows) >= EXAMPLE_ITEMS] or group_rows(codes[:, 0])
+    picks = np.unique(np.linspace(0, len(groups) - 1, EXAMPLE_PREFIXES).astype(int))
+    lines = []
+    for rows in (groups[i] for i in picks):
+        second = prefix_keys(codes[rows], min(2, codes.shape[1]))
+        common = np.bincount(second)[second]
+        shown = rows[np.lexsort((second, -common))][:EXAMPLE_ITEMS]
+        lines.append(f"{codes[rows[0], 0]}-  ({len(rows)} items)")
+        for row in shown.tolist():
+            label = " ".join(labels[row].split())
+            lines.append(f"    {ids[row]:<14} {label[:90]}{'…' if len(label) > 90 else ''}")
+    return "\n".join(lines)
+
+
+def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, path: Path) -> None:
+    """Encodes the whole catalogue, makes the IDs distinct, writes them in input order and prints the report."""
+    # in the order of their names, so that the IDs do not depend on the order of the rows
+    order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
+    latents, found, residual_norm = encode_catalogue(model, dataset.embeddings[torch.from_numpy(order)])
+    codes = found.cpu().numpy()
+    if config.collisions == "assign":
+        codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])
+        codes = assign_distinct(latents.cpu().double().numpy(), codes, codebooks)
+    elif config.collisions == "suffix":
+        codes = count_within(codes)
+    back = np.argsort(order)
+    before, codes = found.cpu().numpy()[back], codes[back]  # both in input order from here on
+
+    table = pl.DataFrame({"parent_asin": dataset.parent_asin}).with_columns(
+        pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(codes.T)
+    )
+    table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
+    with replacing(path) as temporary:
+        table.write_parquet(temporary)
+
+    levels, size = model.config.codebook_quantization_levels, model.config.codebook_size
+    statistics = code_statistics(torch.from_numpy(before), size)
+    distinct = table["semantic_id"].n_unique() / len(table)
+    unexplained, cosine = reconstruction_quality(model, dataset.embeddings, torch.from_numpy(before).to(found.device))
+    after = torch.from_numpy(codes[:, :levels]).to(found.device)
+    unexplained_after, cosine_after = reconstruction_quality(model, dataset.embeddings, after)
+    moved = (codes[:, :levels] != before).any(1).mean()
+    print(f"\n{len(table):,} items, {levels} levels of {size} codes\n{level_table(statistics)}")
+    print(f"distinct IDs: {statistics.distinct:.2%} as encoded, {distinct:.2%} with --collisions {config.collisions}")
+    print(f"  as encoded: {statistics.singleton:.2%} alone with their ID, at most {statistics.largest} share one")
+    print(f"  moved to another ID of the same length: {moved:.2%} of the items")
+    print(f"unexplained variance: {unexplained:.4f} as encoded, {unexplained_after:.4f} as written")
+    print(f"mean cosine of the reconstruction: {cosine:.4f} as encoded, {cosine_after:.4f} as written")
+    print(f"mean norm of the last residual: {residual_norm:.3f}")
+    print(
+        f"\nitems of {EXAMPLE_PREFIXES} first codes:\n{example_prefixes(codes, table['semantic_id'], dataset.labels)}"
+    )
+    print(f"\nwrote {path}: {len(table):,} items, {distinct:.2%} distinct IDs")
+
+
+# ---------------------------------------------------------------- W&B
+
+
+def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
+    """A run that is online where an API key is configured, else offline; WANDB_MODE decides where it is set."""
+    mode = os.environ.get("WANDB_MODE")
+    os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
+    if mode is None:
+        mode = "online" if wandb.login(prompt=False) else "offline"
+    options = {
+        "project": config.wandb_project,
+        "config": values,
+        "dir": config.checkpoint_dir,
+        "id": run_id,
+        "resume": "allow" if run_id else None,
+    }
+    settings = wandb.Settings(console="off", init_timeout=30)
+    try:
+        run = wandb.init(mode=mode, settings=settings, **options)
+    except wandb.errors.Error as error:  # no network, or a key that is not known there
+        warn(f"W&B is out of reach ({first_line(error)}): this run is logged offline")
+        mode, run = "offline", wandb.init(mode="offline", settings=settings, **options)
+    except ValueError as error:
+        fail(f"WANDB_MODE={mode}", first_line(error), "use online, offline or disabled")
+    if mode == "offline":
+        print(f"W&B: offline; to upload this run later: wandb sync {run.settings.sync_dir}")
+    else:
+        print(f"W&B: {mode} {run.url or ''}")
+    return run
+
+
+def upload_best(run, path: Path, config: RQVAEConfig) -> None:
+    """Hands best_model.pth to W&B once, with what it is worth."""
+    best = read_checkpoint(path, "cpu")
+    names = [f"catalogue/usage_{level}" for level in range(config.codebook_quantization_levels)]
+    metadata = {name.removeprefix("catalogue/"): best["metrics"][name] for name in names}
+    metadata |= {
+        "val_loss": best["val_loss"],
+        "unique_proportion": best["metrics"]["catalogue/distinct"],
+        "residual_norm": best["metrics"]["catalogue/residual_norm"],
+        "step": best["step"],
+        "config": best["config"],
+    }
+    artifact = wandb.Artifact(f"rqvae-{re.sub(r'[^A-Za-z0-9_.-]', '-', config.category)}", "model", metadata=metadata)
+    artifact.add_file(str(path))
+    run.log_artifact(artifact)
+
+
+# ---------------------------------------------------------------- main
+
+
+def check_sizes(dataset: EmbeddingDataset, source: Path, config: RQVAEConfig) -> None:
+    """Ends the run where these items cannot be given these IDs."""
+    n, ids = len(dataset), config.codebook_size**config.codebook_quantization_levels
+    if config.collisions == "assign" and n > ids:
+        trouble = f"{n:,} items, but only {ids:,} IDs with {config.codebook_quantization_levels} levels"
+        fail(source, trouble + f" of {config.codebook_size} codes", "use more levels or codes, or --collisions suffix")
+
+
+def check_plan(plan: Plan, source: Path, config: RQVAEConfig) -> None:
+    """Ends the run where the steps or the items do not suffice for what the flags ask for."""
+    if config.use_kmeans_init and len(plan.train_rows) < config.codebook_size:
+        trouble = f"{len(plan.train_rows)} training items, fewer than the {config.codebook_size} codes of k-means"
+        fail(source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
+    if plan.autoencoder_steps >= plan.total_steps:
+        trouble = f"leaves no step of the {plan.total_steps} to train the codes"
+        fail(f"--autoencoder_steps {plan.autoencoder_steps}", trouble, "lower it, or train longer")
+
+
+def check_model(path: Path, trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
+    """Ends the run where a model to export with does not fit the embeddings, or flags given (not left at default)."""
+    if trained.item_embedding_dim != dim:
+        trouble = f"a model of {trained.item_embedding_dim}-dimensional embeddings, and these have {dim}"
+        fail(path, trouble, "embed with the same model and --target_dim, or train again")
+    default = RQVAEConfig()
+    for name in MODEL_FIELDS:
+        asked = getattr(config, name)
+        if asked not in (getattr(default, name), getattr(trained, name)):
+            fail(path, f"trained with --{name} {getattr(trained, name)}, not {asked}", "leave that flag out")
+
+
+def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
+    """The newest numbered checkpoint that is whole, if it belongs to this command; a damaged one is passed over."""
+    paths = sorted(folder.glob("checkpoint_step_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in paths:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            warn(f"{path} is damaged ({first_line(error)}): passed over")
+            continue
+        way_out = "give the same flags as before, or another --checkpoint_dir"
+        for name, value in asdict(config).items():
+            if name not in FREE_FIELDS and checkpoint["config"].get(name) != value:
+                fail(path, f"trained with --{name} {checkpoint['config'].get(name)}, not {value}", way_out)
+        if checkpoint["data"] != data:
+            fail(path, "trained on other embeddings than these", "train again in another --checkpoint_dir")
+        print(f"going on from {path}")
+        return checkpoint
+    print(f"no sound checkpoint in {folder}: starting from the beginning")
+    return None
+
+
+def data_digest(embeddings: Tensor) -> str:
+    """Tells one set of embeddings (N, D) from another, by their shape and about a thousand rows."""
+    rows = embeddings[:: max(1, len(embeddings) // 1000)].contiguous()
+    return hashlib.sha256(str(tuple(embeddings.shape)).encode() + rows.numpy().tobytes()).hexdigest()
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(argv)
+    source = Path(config.data_dir, f"{config.category}_items_with_embeddings.parquet")
+    target = Path(config.data_dir, f"{config.category}_semantic_ids.parquet")
+    folder = Path(config.checkpoint_dir)
+    best_path = folder / "best_model.pth"
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    device, why = choose_device(config.device)
+    dataset = EmbeddingDataset(source, config.num_rows)
+    n, dim = dataset.embeddings.shape
+    check_sizes(dataset, source, config)
+    print(f"{n:,} items of {dim} dimensions from {source}")
+    print(f"device {device} ({why}), dtype float32")
+
+    if config.export_only:
+        model = load_model(best_path, device)
+        check_model(best_path, model.config, config, dim)
+        export(model, dataset, config, target)
+        return 0
+
+    if config.item_embedding_dim not in (None, dim):
+        trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
+        fail(source, trouble, f"leave --item_embedding_dim out, or embed with --target_dim {config.item_embedding_dim}")
+    config.item_embedding_dim = dim
+    plan = plan_training(n, config)
+    check_plan(plan, source, config)
+    resumed = find_resumed(folder, config, data_digest(dataset.embeddings)) if config.resume else None
+
+    torch.manual_seed(config.seed)
+    model = RQVAE(config).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    held_out = n - len(plan.train_rows)
+    print(
+        f"{len(plan.train_rows):,} training and {held_out:,} validation items; {parameters / 1e6:.2f} million parameters"
+    )
+    print(
+        f"{plan.total_steps:,} steps of {plan.rows_per_step:,} items, {plan.steps_per_epoch} an epoch; "
+        f"the first {plan.autoencoder_steps:,} as a plain autoencoder"
+    )
+    run = start_wandb(config, asdict(config), resumed["wandb_run_id"] if resumed else None)
+    embeddings = dataset.embeddings.to(device)
+    finished = train(model, embeddings, plan, data_digest(dataset.embeddings), resumed, run)
+    if best_path.is_file():
+        upload_best(run, best_path, config)
+    if not finished:
+        run.finish()
+        print(f"interrupted: saved in {folder}; go on with the same command and --resume", file=sys.stderr)
+        return 130
+    export(load_model(best_path, device), dataset, config, target)
+    run.finish()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
