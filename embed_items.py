@@ -16,8 +16,6 @@ import hashlib
 import os
 import sys
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -33,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedModel
 from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
 
 FORMAT_VERSION = 1
 LIST_FLAGS = "--help lists the flags"
@@ -132,11 +131,12 @@ def read_tokens(path: Path) -> Tokens:
                 max_length=int(npz["max_length"]),
             )
             n_items = int(npz["n_items"])
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # numpy, zipfile and the parser of numpy's header each raise their own
         fail(path, f"damaged, or not an npz of tokenize_items.py ({first_line(error)})", again)
     ids, mask = tokens.input_ids, tokens.attention_mask
-    if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != n_items or ids.dtype != np.int32:
-        shapes = f"input_ids {ids.dtype} {ids.shape}, attention_mask {mask.shape}, n_items {n_items}"
+    sound = ids.ndim == 2 and ids.shape == mask.shape and len(ids) == n_items
+    if not sound or ids.dtype != np.int32 or mask.dtype not in (bool, np.uint8) or (mask > 1).any():
+        shapes = f"input_ids {ids.dtype} {ids.shape}, attention_mask {mask.dtype} {mask.shape}, n_items {n_items}"
         fail(path, f"its parts do not fit together: {shapes}", again)
     if n_items == 0:
         fail(path, "no rows", again)
@@ -162,10 +162,13 @@ def read_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> pl.DataFram
         fail(path, f"not found, though {tokens_path} was made from it", "put the catalogue back")
     try:
         catalogue = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
+    if "embedding" in catalogue.columns:
+        fail(path, "already has a column embedding", "drop or rename it, so that nothing is overwritten")
     texts = {column.name for column in catalogue if column.dtype == pl.String}
-    if not {"parent_asin", "item_context"} <= texts or fingerprint(catalogue) != tokens.fingerprint:
+    same = {"parent_asin", "item_context"} <= texts and fingerprint(catalogue) == tokens.fingerprint
+    if not same or len(tokens.input_ids) > catalogue.height:
         trouble = f"made from another catalogue, or another order of it, than {path} is now"
         fail(tokens_path, trouble, "run tokenize_items.py again")
     return catalogue
@@ -213,6 +216,8 @@ def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Serie
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception:  # a folder of weights alone: the vocabulary's size has been checked
+        return
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what AutoTokenizer makes up where there is none
         return
     for row, text in enumerate(texts):
         prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
@@ -293,10 +298,14 @@ def embed_all(model: PreTrainedModel, dataset: TokenDataset, config: EmbedConfig
     loader = DataLoader(dataset, sampler=batches, batch_size=None, pin_memory=on_gpu)
     width = min(config.target_dim, model.config.hidden_size)
     embeddings = np.full((len(dataset), width), np.nan, dtype=np.float32)  # a row left out would be found
-    with tqdm(total=len(dataset), unit=" items", desc="embed", smoothing=0.05) as progress:
+    done, start = 0, time.perf_counter()
+    # counted in tokens, because the longest items come first and items alone would make the time left too long
+    with tqdm(total=int(dataset.lengths.sum()), unit=" tokens", unit_scale=True, desc="embed") as progress:
         for rows, input_ids, mask in loader:
             embeddings[rows] = embed(model, input_ids, mask, config).cpu().numpy()
-            progress.update(len(rows))
+            done += len(rows)
+            progress.set_postfix_str(f"{done / (time.perf_counter() - start):,.1f} items/s", refresh=False)
+            progress.update(int(dataset.lengths[rows].sum()))
     return embeddings
 
 
@@ -312,7 +321,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, pl.exceptions.ComputeError) as error:  # polars' own for a full disk
         trouble = f"cannot be written ({first_line(error)})"
         fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
     finally:
@@ -328,6 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
 
+    transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
     device, why = choose_device(config.device)
     tokens = read_tokens(tokens_path)
     catalogue = read_catalogue(catalogue_path, tokens, tokens_path)

@@ -99,7 +99,7 @@ def read_catalogue(path: Path) -> pl.DataFrame:
             if name not in columns:
                 fail(path, f"no column {name} among {', '.join(columns)}", "rename one or add it")
         catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"])
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
@@ -150,6 +150,8 @@ def load_tokenizer(model_name: str) -> "PreTrainedTokenizerBase":
         fail(f"--model_name {model_name}", trouble, "check the name and the network, or give a local folder")
     if not tokenizer.is_fast:
         fail(f"--model_name {model_name}", "has no tokenizer.json", "choose a model with a fast tokenizer")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what AutoTokenizer makes up where there is none
+        fail(f"--model_name {model_name}", "has weights, but no tokenizer", "put the tokenizer's files beside them")
     return tokenizer
 
 
@@ -162,7 +164,7 @@ def tokenize(texts: pl.Series, tokenizer: "PreTrainedTokenizerBase", config: Tok
     """Tokenizes on all cores; the tokenizer's own truncation keeps its closing special tokens."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(config.max_length)
+    backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)
     flat, lengths, truncated = [], [], 0
     with tqdm(total=len(texts), unit=" items", desc="tokenize") as progress:
         for start in range(0, len(texts), TEXTS_PER_CALL):
