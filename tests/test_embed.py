@@ -1,0 +1,576 @@
+"""embed_items.py: vectors against a plain float64 reference, the file's contract, one line for every wrong input."""
+
+import re
+import runpy
+import shutil
+import sys
+import zipfile
+from dataclasses import fields
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import complaint, files_of, make_texts, save_qwen3
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModel, AutoTokenizer
+
+import embed_items
+import tokenize_items
+from embed_items import main
+
+INSTRUCTION = "Represent this product so that similar products have similar representations"
+PROMPT = f"Instruct: {INSTRUCTION}\nQuery:{{}}"
+MAX_LENGTH = 150
+SEVERAL_LENGTHS = [1, 700, 16384]  # tokens_per_batch: every item alone, some together, all in a few batches
+
+
+def flags(data_dir, *more: str) -> list[str]:
+    return ["--category", "Tiny", "--data_dir", str(data_dir), "--device", "cpu", *more]
+
+
+def read_vectors(data_dir) -> np.ndarray:
+    column = pl.read_parquet(data_dir / "Tiny_items_with_embeddings.parquet")["embedding"]
+    return np.array(column.to_list())
+
+
+def change_npz(data_dir, **changes) -> None:
+    """Writes other arrays under some of the npz's keys; None leaves a key out."""
+    path = data_dir / "Tiny_tokenized.npz"
+    with np.load(path, allow_pickle=False) as npz:
+        arrays = dict(npz) | changes
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+
+
+def read_npz(data_dir) -> dict[str, np.ndarray]:
+    with np.load(data_dir / "Tiny_tokenized.npz", allow_pickle=False) as npz:
+        return dict(npz)
+
+
+def copy_encoder(source, folder, pattern: str = "") -> str:
+    """A copy of the encoder without the files that the pattern matches."""
+    ignore = shutil.ignore_patterns(pattern) if pattern else None
+    return str(shutil.copytree(source, folder, ignore=ignore))
+
+
+@pytest.fixture(scope="module")
+def tokenized(catalogue, tiny_encoder, tiny_bert, tmp_path_factory):
+    """Folders of the catalogue and its tokens, by encoder."""
+    folders = {}
+    for name, model, more in (("qwen3", tiny_encoder, []), ("bert", tiny_bert, ["--instruction", ""])):
+        folders[name] = tmp_path_factory.mktemp(name)
+        catalogue.write_parquet(folders[name] / "Tiny_items_updated.parquet")
+        argv = ["--category", "Tiny", "--data_dir", str(folders[name]), "--model_name", str(model)]
+        tokenize_items.main([*argv, *more, "--max_length", str(MAX_LENGTH)])
+    return folders
+
+
+@pytest.fixture
+def qwen3_dir(tokenized, tmp_path):
+    return shutil.copytree(tokenized["qwen3"], tmp_path / "output")
+
+
+@pytest.fixture
+def bert_dir(tokenized, tmp_path):
+    return shutil.copytree(tokenized["bert"], tmp_path / "output")
+
+
+@pytest.fixture
+def with_earlier(qwen3_dir):
+    """The folder with an earlier output in it, which no refusal may touch."""
+    (qwen3_dir / "Tiny_items_with_embeddings.parquet").write_bytes(b"earlier")
+    return qwen3_dir
+
+
+@pytest.fixture(scope="module")
+def reference(catalogue, tiny_encoder, tiny_bert):
+    """Plain float64: one item at a time, no padding, from the text on; (encoder, pooling) to hidden states."""
+
+    @torch.inference_mode()
+    def hidden_states(folder, prompt) -> list[torch.Tensor]:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
+        limit = min(MAX_LENGTH, tokenizer.model_max_length)
+        rows = [
+            tokenizer(prompt.format(text), truncation=True, max_length=limit)["input_ids"]
+            for text in catalogue["item_context"]
+        ]
+        return [model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows]
+
+    hidden = {"qwen3": hidden_states(tiny_encoder, PROMPT), "bert": hidden_states(tiny_bert, "{}")}
+    pick = {"last": lambda h: h[-1], "cls": lambda h: h[0], "mean": lambda h: h.mean(0)}
+
+    def vectors(encoder: str, pooling: str, target_dim: int = 1024) -> np.ndarray:
+        cut = [pick[pooling](states)[:target_dim] for states in hidden[encoder]]
+        return torch.stack([vector / vector.norm() for vector in cut]).numpy()
+
+    return vectors
+
+
+def lay_out(data_dir, side: str) -> None:
+    """Moves the padding of the npz to the left, to the right, or to both sides with columns that none needs."""
+    npz = read_npz(data_dir)
+    rows = [ids[mask > 0] for ids, mask in zip(npz["input_ids"], npz["attention_mask"], strict=True)]
+    width = max(map(len, rows)) + (9 if side == "both" else 0)
+    ids = np.zeros((len(rows), width), dtype=np.int32)
+    mask = np.zeros((len(rows), width), dtype=bool)  # the contract allows bool beside uint8
+    for i, row in enumerate(rows):
+        start = {"left": width - len(row), "right": 0, "both": min(4, width - len(row))}[side]
+        ids[i, start : start + len(row)] = row
+        mask[i, start : start + len(row)] = True
+    change_npz(data_dir, input_ids=ids, attention_mask=mask)
+
+
+# ---------------------------------------------------------------- vectors
+
+
+@pytest.mark.parametrize("tokens_per_batch", SEVERAL_LENGTHS)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_vectors_equal_the_reference_however_padded_and_batched(qwen3_dir, reference, side, tokens_per_batch):
+    lay_out(qwen3_dir, side)
+    main(flags(qwen3_dir, "--tokens_per_batch", str(tokens_per_batch)))
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
+
+
+@pytest.mark.parametrize("tokens_per_batch", SEVERAL_LENGTHS)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_every_pooling_equals_the_reference_with_a_bert(bert_dir, reference, pooling, tokens_per_batch):
+    main(flags(bert_dir, "--pooling", pooling, "--tokens_per_batch", str(tokens_per_batch)))
+    assert np.abs(read_vectors(bert_dir) - reference("bert", pooling)).max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_poolings_ignore_padding_on_either_side(qwen3_dir, reference, pooling):
+    for side in ("left", "both"):
+        lay_out(qwen3_dir, side)
+        main(flags(qwen3_dir, "--pooling", pooling))
+        assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", pooling)).max() < 1e-5
+
+
+@pytest.mark.parametrize("target_dim", [1, 16, 63, 64])
+def test_vectors_are_cut_first_and_normalised_after(qwen3_dir, reference, target_dim):
+    main(flags(qwen3_dir, "--target_dim", str(target_dim)))
+    vectors = read_vectors(qwen3_dir)
+    assert vectors.shape == (60, target_dim)
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6
+    assert np.abs(vectors - reference("qwen3", "last", target_dim)).max() < 1e-5
+
+
+def test_more_dimensions_than_the_model_has_keeps_all_and_says_so(qwen3_dir, capsys):
+    main(flags(qwen3_dir, "--target_dim", "65"))
+    assert read_vectors(qwen3_dir).shape == (60, 64)
+    assert "target_dim 65 is more than the model has: all 64 dimensions are kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_agrees_with_the_reference_and_is_recorded(qwen3_dir, reference, dtype):
+    main(flags(qwen3_dir, "--dtype", dtype))
+    vectors = read_vectors(qwen3_dir)
+    assert ((vectors * reference("qwen3", "last")).sum(axis=1) > 0.99).all()
+    assert np.abs(vectors - reference("qwen3", "last")).max() > 1e-4  # it was used, not only recorded
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-6  # normalised in float32
+    metadata = pl.read_parquet_metadata(qwen3_dir / "Tiny_items_with_embeddings.parquet")
+    assert metadata["dtype"] == dtype
+
+
+def test_items_alone_and_together_are_compared(qwen3_dir, capsys):
+    main(flags(qwen3_dir))
+    captured = capsys.readouterr()
+    agreement = re.search(r"alone and inside a batch agree to a cosine of ([\d.]+) at the worst", captured.out)
+    assert float(agreement[1]) > 0.99999
+    assert "warning" not in captured.err
+
+
+def test_a_padding_that_changes_the_vectors_is_warned_of(bert_dir, capsys):
+    lay_out(bert_dir, "left")  # absolute positions: padding in front moves every token
+    main(flags(bert_dir, "--pooling", "mean"))
+    captured = capsys.readouterr()
+    agreement = re.search(r"alone and inside a batch agree to a cosine of ([\d.]+) at the worst", captured.out)
+    assert float(agreement[1]) < 0.999
+    assert "warning: below 0.999: padding changes the vectors" in captured.err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_in_bfloat16_agrees_with_the_reference(qwen3_dir, reference, capsys):
+    main(flags(qwen3_dir, "--device", "cuda"))
+    assert "dtype bfloat16" in capsys.readouterr().out
+    vectors = read_vectors(qwen3_dir)
+    assert ((vectors * reference("qwen3", "last")).sum(axis=1) > 0.99).all()
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_output_keeps_every_column_and_the_order(qwen3_dir, catalogue, tiny_encoder):
+    main(flags(qwen3_dir))
+    path = qwen3_dir / "Tiny_items_with_embeddings.parquet"
+    written = pl.read_parquet(path)
+    assert written.columns == [*catalogue.columns, "embedding"]
+    assert written.drop("embedding").equals(catalogue)
+    assert written.drop("embedding").schema == catalogue.schema
+    assert written.schema["embedding"] == pl.List(pl.Float32)
+    assert written["embedding"].null_count() == 0
+    metadata = pl.read_parquet_metadata(path)
+    expected = {
+        "format_version": "1",
+        "model_name": str(tiny_encoder),
+        "instruction": INSTRUCTION,
+        "pooling": "last",
+        "dtype": "float32",
+        "n_items": "60",
+        "fingerprint": tokenize_items.fingerprint(catalogue),
+    }
+    assert {name: metadata.get(name) for name in expected} == expected
+    assert set(files_of(qwen3_dir)) == {path.name, "Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
+
+
+def test_num_rows_takes_the_first_rows(qwen3_dir, catalogue, reference):
+    main(flags(qwen3_dir, "--num_rows", "7"))
+    path = qwen3_dir / "Tiny_items_with_embeddings.parquet"
+    assert pl.read_parquet(path).drop("embedding").equals(catalogue.head(7))
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")[:7]).max() < 1e-5
+    assert pl.read_parquet_metadata(path)["n_items"] == "7"
+
+
+def test_tokens_of_the_first_rows_alone_are_embedded(qwen3_dir, catalogue, reference, tiny_encoder):
+    argv = ["--category", "Tiny", "--data_dir", str(qwen3_dir), "--model_name", str(tiny_encoder)]
+    tokenize_items.main([*argv, "--max_length", str(MAX_LENGTH), "--num_rows", "11"])
+    main(flags(qwen3_dir, "--num_rows", "50"))
+    path = qwen3_dir / "Tiny_items_with_embeddings.parquet"
+    assert pl.read_parquet(path).drop("embedding").equals(catalogue.head(11))
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")[:11]).max() < 1e-5
+
+
+def test_other_columns_may_change_between_the_stages(qwen3_dir, catalogue):
+    changed = catalogue.with_columns(title=pl.lit("new"), stock=pl.int_range(60))
+    changed.write_parquet(qwen3_dir / "Tiny_items_updated.parquet", row_group_size=13)
+    main(flags(qwen3_dir))
+    written = pl.read_parquet(qwen3_dir / "Tiny_items_with_embeddings.parquet")
+    assert written.drop("embedding").equals(changed)
+
+
+def test_both_scripts_take_the_same_fingerprint(catalogue):
+    for frame in (catalogue, catalogue.head(1), catalogue.reverse()):
+        assert embed_items.fingerprint(frame) == tokenize_items.fingerprint(frame)
+
+
+# ---------------------------------------------------------------- batches
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))
+def test_batches_cover_each_row_once_within_the_budget(lengths, budget):
+    lengths = np.array(lengths)
+    batches = embed_items.batches_by_length(lengths, budget)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
+    for rows in batches:
+        assert len(rows) * lengths[rows].max() <= budget or len(rows) == 1
+    longest = [lengths[rows].max() for rows in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_batches_hold_little_padding():
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 20_000).astype(int).clip(1, 2048)
+    batches = embed_items.batches_by_length(lengths, 16384)
+    padded = sum(len(rows) * lengths[rows].max() for rows in batches)
+    assert padded / lengths.sum() < 1.02
+    assert padded / len(batches) > 0.9 * 16384  # and the budget is used
+
+
+# ---------------------------------------------------------------- which model
+
+
+@pytest.mark.parametrize("left_out", ["", "tokenizer*"])
+def test_a_copy_of_the_model_gives_the_same_vectors(qwen3_dir, tiny_encoder, tmp_path, left_out):
+    main(flags(qwen3_dir))
+    expected = read_vectors(qwen3_dir)
+    copy = copy_encoder(tiny_encoder, tmp_path / "copy", left_out)
+    main(flags(qwen3_dir, "--model_name", copy))
+    assert np.abs(read_vectors(qwen3_dir) - expected).max() < 1e-6
+    assert pl.read_parquet_metadata(qwen3_dir / "Tiny_items_with_embeddings.parquet")["model_name"] == copy
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, "cuts the same text into other tokens"),
+        ({"vocab_size": 100}, "knows only 100"),
+        ({"max_position_embeddings": 32}, "reads only 32"),
+    ],
+)
+def test_another_models_folder_is_refused(with_earlier, tmp_path, refused, overrides, expected):
+    other = str(save_qwen3(tmp_path / "other", make_texts(60, seed=9), **({"vocab_size": 500} | overrides)))
+    line = refused(main, flags(with_earlier, "--model_name", other), with_earlier)
+    assert str(with_earlier / "Tiny_tokenized.npz") in line
+    assert other in line
+    assert expected in line
+    assert f"run tokenize_items.py with --model_name {other}" in line
+
+
+@pytest.mark.parametrize("kind", ["hub name", "no folder", "empty folder", "half the weights", "garbage config"])
+def test_a_model_that_cannot_be_loaded_is_refused(with_earlier, tiny_encoder, tmp_path, refused, kind):
+    folder = tmp_path / "model"
+    name = "nobody/no-such-model" if kind == "hub name" else str(folder)
+    if kind == "empty folder":
+        folder.mkdir()
+    elif kind == "half the weights":
+        copy_encoder(tiny_encoder, folder)
+        whole = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    elif kind == "garbage config":
+        copy_encoder(tiny_encoder, folder)
+        (folder / "config.json").write_text("{ not json")
+    line = refused(main, flags(with_earlier, "--model_name", name), with_earlier)
+    assert f"--model_name {name}: no model can be loaded from there" in line
+    assert "give a local folder" in line
+
+
+def test_vectors_that_are_not_numbers_are_counted(with_earlier, catalogue, tiny_encoder, tmp_path, refused):
+    npz = read_npz(with_earlier)
+    held = [set(ids[mask > 0].tolist()) for ids, mask in zip(npz["input_ids"], npz["attention_mask"], strict=True)]
+    in_row_0 = held[0]
+    token = min(t for t in set().union(*held) - in_row_0 if 2 <= sum(t in row for row in held) <= 20)
+    hit = [row for row, tokens in enumerate(held) if token in tokens]
+    broken = copy_encoder(tiny_encoder, tmp_path / "broken")
+    model = AutoModel.from_pretrained(broken)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    model.save_pretrained(broken)
+    line = refused(main, flags(with_earlier, "--model_name", broken, "--tokens_per_batch", "900"), with_earlier)
+    assert f"{len(hit)} items became NaN or infinite" in line
+    assert f"the first is {catalogue['parent_asin'][hit[0]]!r}" in line
+    assert "--dtype float32" in line
+
+
+# ---------------------------------------------------------------- another catalogue
+
+
+OTHER_CATALOGUES = {
+    "another order": lambda c: c.reverse(),
+    "a changed text": lambda c: c.with_columns(item_context=pl.col("item_context").str.replace("^Lamp$", "Lamps")),
+    "a changed name": lambda c: c.with_columns(parent_asin=pl.col("parent_asin").str.replace("B059", "B060")),
+    "a null text": lambda c: c.with_columns(item_context=pl.col("item_context").replace("Lamp", None)),
+    "a row less": lambda c: c.head(59),
+    "a row more": lambda c: pl.concat([c, c.head(1).with_columns(parent_asin=pl.lit("new"))]),
+    "no rows": lambda c: c.head(0),
+    "no item_context": lambda c: c.drop("item_context"),
+    "numbers for names": lambda c: c.with_columns(parent_asin=pl.int_range(pl.len())),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CATALOGUES)
+def test_tokens_of_another_catalogue_are_refused(with_earlier, catalogue, refused, kind):
+    path = with_earlier / "Tiny_items_updated.parquet"
+    OTHER_CATALOGUES[kind](catalogue).write_parquet(path)
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert f"{with_earlier / 'Tiny_tokenized.npz'}: made from another catalogue" in line
+    assert str(path) in line
+    assert "run tokenize_items.py again" in line
+
+
+def test_a_missing_catalogue_is_refused(with_earlier, refused):
+    path = with_earlier / "Tiny_items_updated.parquet"
+    path.unlink()
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert f"{path}: not found" in line
+    assert "put the catalogue back" in line
+
+
+@pytest.mark.parametrize("part", [0, 0.5, -1])
+def test_a_corrupt_catalogue_is_refused(with_earlier, refused, part):
+    path = with_earlier / "Tiny_items_updated.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part) if part >= 0 else part])
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert f"{path}: not a readable parquet file" in line
+
+
+# ---------------------------------------------------------------- a damaged npz
+
+
+def test_a_missing_npz_is_refused(with_earlier, refused):
+    path = with_earlier / "Tiny_tokenized.npz"
+    path.unlink()
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert f"{path}: not found; run tokenize_items.py first" in line
+
+
+@pytest.mark.parametrize("part", [0, 1, 4, 100, 0.25, 0.5, 0.75, 0.98, -100, -22, -1, "garbage", "npy", "pickle"])
+def test_a_file_that_is_no_whole_npz_is_refused(with_earlier, refused, part):
+    path = with_earlier / "Tiny_tokenized.npz"
+    whole = path.read_bytes()
+    if part == "garbage":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif part == "npy":
+        with open(path, "wb") as file:
+            np.save(file, np.arange(6))
+    elif part == "pickle":
+        change_npz(with_earlier, model_name=np.array({"a": 1}, dtype=object))
+    else:
+        path.write_bytes(whole[: int(len(whole) * part) if isinstance(part, float) else part])
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert f"{path}: damaged, or not an npz of tokenize_items.py" in line
+    assert "run tokenize_items.py again" in line
+
+
+def read_or_refuse(path):
+    """The tokens, or the exit status of a refusal, or what else was raised."""
+    try:
+        return embed_items.read_tokens(path)
+    except SystemExit as error:
+        return error.code
+    except Exception as error:
+        return repr(error)
+
+
+def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
+    path = with_earlier / "Tiny_tokenized.npz"
+    whole, sound = path.read_bytes(), embed_items.read_tokens(path)
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    header = whole.index(b"\x93NUMPY")
+    spots = [*range(header, header + 80), *range(header + 80, directory, 997), *range(directory, len(whole), 3)]
+    refusals, surprises = 0, {}
+    for spot in spots:
+        damaged = bytearray(whole)
+        damaged[spot] ^= 0x41
+        path.write_bytes(damaged)
+        result = read_or_refuse(path)
+        if result == 2:
+            assert f"{path}: " in complaint(capsys.readouterr().err)
+            refusals += 1
+        elif not isinstance(result, embed_items.Tokens):
+            surprises[spot] = result
+        elif not all(np.array_equal(*pair) for pair in zip(result, sound, strict=True)):
+            surprises[spot] = "other tokens"
+    assert not surprises
+    assert refusals > len(spots) / 2
+
+
+SCALARS = ["max_length", "n_items", "model_name", "instruction", "fingerprint", "format_version"]
+
+
+@pytest.mark.parametrize("key", ["input_ids", "attention_mask", *SCALARS])
+def test_an_npz_without_a_key_is_refused(with_earlier, refused, key):
+    change_npz(with_earlier, **{key: None})
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert str(with_earlier / "Tiny_tokenized.npz") in line
+    assert "run tokenize_items.py again" in line
+
+
+CONTRADICTIONS = {
+    "another format": lambda n: {"format_version": 2},
+    "n_items too high": lambda n: {"n_items": 61},
+    "n_items too low": lambda n: {"n_items": 59},
+    "n_items infinite": lambda n: {"n_items": float("inf")},
+    "more items than the catalogue": lambda n: {
+        "n_items": 120,
+        "input_ids": np.vstack([n["input_ids"]] * 2),
+        "attention_mask": np.vstack([n["attention_mask"]] * 2),
+    },
+    "a narrower mask": lambda n: {"attention_mask": n["attention_mask"][:, 1:]},
+    "a shorter mask": lambda n: {"attention_mask": n["attention_mask"][1:]},
+    "a flat mask": lambda n: {"attention_mask": n["attention_mask"].ravel()},
+    "a mask of text": lambda n: {"attention_mask": n["attention_mask"].astype(str)},
+    "a mask of other values": lambda n: {"attention_mask": n["attention_mask"] * 3},
+    "flat ids": lambda n: {"input_ids": n["input_ids"].ravel()},
+    "ids of another type": lambda n: {"input_ids": n["input_ids"].astype(np.float32)},
+    "negative ids": lambda n: {"input_ids": -n["input_ids"] - 1},
+    "ids past the vocabulary": lambda n: {"input_ids": n["input_ids"] + 10_000},
+    "no rows": lambda n: {"n_items": 0, "input_ids": n["input_ids"][:0], "attention_mask": n["attention_mask"][:0]},
+    "an item without tokens": lambda n: {"attention_mask": n["attention_mask"] * (np.arange(60) != 5)[:, None]},
+}
+
+
+@pytest.mark.parametrize("kind", CONTRADICTIONS)
+def test_an_npz_that_contradicts_itself_is_refused(with_earlier, refused, kind):
+    change_npz(with_earlier, **CONTRADICTIONS[kind](read_npz(with_earlier)))
+    line = refused(main, flags(with_earlier), with_earlier)
+    assert str(with_earlier / "Tiny_tokenized.npz") in line
+    assert "run tokenize_items.py" in line
+    if kind == "an item without tokens":
+        assert "1 items have no token, the first in row 5" in line
+
+
+# ---------------------------------------------------------------- flags, writing, command line
+
+
+def test_a_device_that_is_not_there_is_refused(with_earlier, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(main, [*flags(with_earlier), "--device", "cuda"], with_earlier)
+    assert "--device cuda: there is none here; use --device auto" in line
+
+
+BAD_FLAGS = {
+    "unknown": (["--no_such_flag", "1"], "'--no_such_flag'"),
+    "abbreviated": (["--pool", "mean"], "'--pool'"),
+    "stray word": (["Tiny"], "'Tiny'"),
+    "no number": (["--target_dim", "many"], "--target_dim"),
+    "no such pooling": (["--pooling", "max"], "--pooling"),
+    "no such dtype": (["--dtype", "int8"], "--dtype"),
+    "no such device": (["--device", "tpu"], "--device"),
+    "target_dim 0": (["--target_dim", "0"], "--target_dim 0: must be at least 1"),
+    "tokens_per_batch 0": (["--tokens_per_batch", "0"], "--tokens_per_batch 0: must be at least 1"),
+    "num_rows -1": (["--num_rows", "-1"], "--num_rows -1: must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_a_wrong_flag_is_refused(with_earlier, refused, kind):
+    more, expected = BAD_FLAGS[kind]
+    line = refused(main, flags(with_earlier, *more), with_earlier)
+    assert "command line" in line
+    assert expected in line
+    assert "--help lists the flags" in line
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_output(with_earlier, refused, full_disk):
+    line = full_disk(refused, main, flags(with_earlier), with_earlier)
+    assert f"{with_earlier / 'Tiny_items_with_embeddings.parquet'}: cannot be written" in line
+    assert "make room" in line
+
+
+def test_an_output_that_cannot_be_replaced_is_told(qwen3_dir, refused):
+    path = qwen3_dir / "Tiny_items_with_embeddings.parquet"
+    path.mkdir()
+    line = refused(main, flags(qwen3_dir), qwen3_dir)
+    assert f"{path}: cannot be written" in line
+
+
+def test_an_interrupted_write_leaves_the_earlier_output(with_earlier, monkeypatch, capsys):
+    def half(frame, path, **options):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    before = files_of(with_earlier)
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", half)
+    monkeypatch.setattr(sys, "argv", ["embed_items.py", *flags(with_earlier)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(embed_items.__file__, run_name="__main__")
+    assert exit_info.value.code == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert files_of(with_earlier) == before
+
+
+def test_help_tells_a_sentence_and_the_default_of_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    text = re.sub(r"\s", "", capsys.readouterr().out)
+    for field in fields(embed_items.EmbedConfig):
+        sentence = field.metadata["help"]
+        assert sentence.endswith(".")
+        assert f"--{field.name}" in text
+        assert re.sub(r"\s", "", f"{sentence} (default: {field.default})") in text
+
+
+def test_the_command_reads_and_writes_data_output_where_it_runs(data_dir, tiny_encoder, run_script):
+    here = data_dir.parents[1]
+    tokenize_items.main(["--category", "Tiny", "--data_dir", str(data_dir), "--model_name", str(tiny_encoder)])
+    done = run_script("embed_items.py", "--category", "Tiny", "--device", "cpu", cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "wrote data/output/Tiny_items_with_embeddings.parquet: 60 x 64" in done.stdout
+    by_command = read_vectors(data_dir)
+    main(flags(data_dir))
+    assert np.abs(read_vectors(data_dir) - by_command).max() < 1e-6

@@ -1,0 +1,411 @@
+"""tokenize_items.py: exact tokens, exact files, and one plain line for every wrong input."""
+
+import os
+import re
+import runpy
+import shutil
+import sys
+from dataclasses import fields
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import END, complaint, files_of
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+import tokenize_items
+from tokenize_items import main
+
+INSTRUCTION = "Represent this product so that similar products have similar representations"
+
+
+def flags(data_dir, model, *more: str) -> list[str]:
+    return ["--category", "Tiny", "--data_dir", str(data_dir), "--model_name", str(model), *more]
+
+
+def read_npz(data_dir) -> dict[str, np.ndarray]:
+    with np.load(data_dir / "Tiny_tokenized.npz", allow_pickle=False) as npz:
+        return dict(npz)
+
+
+def rows_of(npz) -> list[list[int]]:
+    """The real tokens of each item, without padding."""
+    pairs = zip(npz["input_ids"], npz["attention_mask"], strict=True)
+    return [ids[mask > 0].tolist() for ids, mask in pairs]
+
+
+# ---------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize(
+    ("more", "before"),
+    [
+        ([], f"Instruct: {INSTRUCTION}\nQuery:"),
+        (["--instruction", "Find its like"], "Instruct: Find its like\nQuery:"),
+        (["--instruction", ""], ""),
+    ],
+)
+def test_a_row_decodes_to_the_exact_prompt(data_dir, catalogue, tiny_encoder, more, before):
+    main(flags(data_dir, tiny_encoder, *more))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    rows = rows_of(read_npz(data_dir))
+    expected = [f"{before}{text}{END}" for text in catalogue["item_context"]]
+    assert [tokenizer.decode(row) for row in rows] == expected
+
+
+@pytest.mark.parametrize("max_length", [2, 40, 2048])
+@pytest.mark.parametrize("model", ["tiny_encoder", "tiny_bert"])
+def test_a_row_is_what_the_tokenizer_makes_of_that_text_alone(data_dir, catalogue, model, max_length, request):
+    model = request.getfixturevalue(model)
+    main(flags(data_dir, model, "--instruction", "", "--max_length", str(max_length)))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    limit = min(max_length, tokenizer.model_max_length)
+    alone = [tokenizer(text, truncation=True, max_length=limit)["input_ids"] for text in catalogue["item_context"]]
+    assert rows_of(read_npz(data_dir)) == alone
+
+
+def test_truncation_keeps_the_closing_token_and_is_counted_right(data_dir, catalogue, tiny_encoder, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    whole = [tokenizer(f"Instruct: {INSTRUCTION}\nQuery:{text}")["input_ids"] for text in catalogue["item_context"]]
+    lengths = np.array([len(row) for row in whole])
+    max_length = int(np.sort(lengths)[30])  # so at least one item has exactly so many tokens
+    assert (lengths > max_length).any()
+
+    main(flags(data_dir, tiny_encoder, "--max_length", str(max_length)))
+    npz = read_npz(data_dir)
+    for row, full in zip(rows_of(npz), whole, strict=True):
+        if len(full) > max_length:
+            assert row == [*full[: max_length - 1], tokenizer.convert_tokens_to_ids(END)]
+        else:
+            assert row == full
+    assert npz["input_ids"].shape == (60, max_length)
+    captured = capsys.readouterr()
+    count = (lengths > max_length).sum()
+    assert f"truncated to {max_length} tokens: {count} of 60 items" in captured.out
+    assert f"every item ends in {END}" in captured.out
+    assert "warning: " in captured.err
+    assert "consider a larger --max_length" in captured.err
+
+
+def test_few_truncated_items_raise_no_warning(data_dir, tiny_encoder, capsys):
+    main(flags(data_dir, tiny_encoder, "--max_length", "400"))
+    captured = capsys.readouterr()
+    assert re.search(r"truncated to 400 tokens: [12] of 60 items", captured.out)
+    assert "warning" not in captured.err
+
+
+def test_max_length_is_lowered_to_what_the_model_reads(data_dir, tiny_bert, capsys):
+    main(flags(data_dir, tiny_bert))
+    npz = read_npz(data_dir)
+    assert npz["input_ids"].shape[1] == npz["max_length"] == 64
+    out = capsys.readouterr().out
+    assert "max_length lowered to 64" in out
+    assert "--pooling mean or cls" in out  # no <|endoftext|> there
+
+
+def test_a_tokenizer_that_does_not_close_its_texts_is_warned_of(data_dir, tiny_encoder, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path / "open")
+    main(flags(data_dir, tmp_path / "open"))
+    captured = capsys.readouterr()
+    assert f"warning: 60 of 60 items do not end in {END}" in captured.err
+    assert "every item ends in" not in captured.out
+
+
+def test_num_rows_takes_the_first_rows_and_keeps_the_whole_catalogues_fingerprint(data_dir, tiny_encoder):
+    main(flags(data_dir, tiny_encoder))
+    whole = read_npz(data_dir)
+    main(flags(data_dir, tiny_encoder, "--num_rows", "11"))
+    first = read_npz(data_dir)
+    assert rows_of(first) == rows_of(whole)[:11]
+    assert first["n_items"] == 11
+    assert first["input_ids"].shape[1] == max(map(len, rows_of(first)))
+    assert first["fingerprint"] == whole["fingerprint"]
+    main(flags(data_dir, tiny_encoder, "--num_rows", "1000"))
+    assert rows_of(read_npz(data_dir)) == rows_of(whole)
+
+
+# ---------------------------------------------------------------- the file
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_npz_keeps_the_contract(data_dir, tiny_encoder, tmp_path, side):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side=side)
+    tokenizer.save_pretrained(tmp_path / side)
+    main(flags(data_dir, tmp_path / side, "--max_length", "300"))
+    npz = read_npz(data_dir)  # with allow_pickle=False
+    scalars = {"max_length", "n_items", "model_name", "instruction", "fingerprint", "format_version"}
+    assert set(npz) == {"input_ids", "attention_mask"} | scalars
+    assert all(npz[name].shape == () for name in scalars)
+    ids, mask = npz["input_ids"], npz["attention_mask"]
+    assert (ids.dtype, mask.dtype) == (np.int32, np.uint8)
+    assert ids.shape == mask.shape == (60, mask.sum(axis=1).max())
+    assert npz["max_length"] == 300
+    assert npz["n_items"] == 60
+    assert npz["model_name"] == str(tmp_path / side)
+    assert npz["instruction"] == INSTRUCTION
+    assert re.fullmatch("[0-9a-f]{64}", str(npz["fingerprint"]))
+    assert (np.sort(mask, axis=1) == (mask if side == "left" else mask[:, ::-1])).all()  # padding on that side only
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), side=st.sampled_from(["left", "right"]))
+def test_padding_gives_back_every_token(lengths, side):
+    lengths = np.array(lengths)
+    flat = np.arange(1, lengths.sum() + 1, dtype=np.int32)
+    ids, mask = tokenize_items.pad(tokenize_items.Tokens(flat, lengths, 0), pad_id=-7, side=side)
+    assert ids.shape == mask.shape == (len(lengths), lengths.max())
+    assert (ids[mask > 0] == flat).all()
+    assert (mask.sum(axis=1) == lengths).all()
+    assert (ids[mask == 0] == -7).all()
+
+
+def test_two_runs_write_the_same_bytes(data_dir, tiny_encoder):
+    path = data_dir / "Tiny_tokenized.npz"
+    main(flags(data_dir, tiny_encoder))
+    first = path.read_bytes()
+    path.unlink()
+    main(flags(data_dir, tiny_encoder))
+    assert path.read_bytes() == first
+
+
+def test_the_fingerprint_depends_on_values_and_order_alone(data_dir, catalogue):
+    path = data_dir / "Tiny_items_updated.parquet"
+    expected = tokenize_items.fingerprint(catalogue)
+    catalogue.with_columns(title=pl.lit("other")).write_parquet(path, row_group_size=7, compression="snappy")
+    assert tokenize_items.fingerprint(tokenize_items.read_catalogue(path)) == expected
+    swapped = catalogue[[1, 0, *range(2, 60)]]
+    assert tokenize_items.fingerprint(swapped) != expected
+    assert tokenize_items.fingerprint(catalogue.head(59)) != expected
+
+
+@pytest.mark.parametrize("other", [(["a", "bc"], ["x", "y"]), (["ab", "cx"], ["", "y"]), (["abc", ""], ["x", "y"])])
+def test_values_cannot_run_together_in_the_fingerprint(other):
+    frame = pl.DataFrame({"parent_asin": ["ab", "c"], "item_context": ["x", "y"]})
+    moved = pl.DataFrame(dict(zip(frame.columns, other, strict=True)))
+    assert tokenize_items.fingerprint(frame) != tokenize_items.fingerprint(moved)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def set_values(column: str, rows: dict[int, object]):
+    """A change of a catalogue: other values in some rows of a column."""
+
+    def change(catalogue: pl.DataFrame) -> pl.DataFrame:
+        values = catalogue[column].to_list()
+        for row, value in rows.items():
+            values[row] = value
+        return catalogue.with_columns(pl.Series(column, values))
+
+    return change
+
+
+BAD_CATALOGUES = {
+    "no item_context": (
+        lambda c: c.drop("item_context"),
+        ["no column item_context among title, parent_asin, price", "rename"],
+    ),
+    "no parent_asin": (
+        lambda c: c.rename({"parent_asin": "asin"}),
+        ["no column parent_asin among title, asin, item_context, price"],
+    ),
+    "null text": (
+        set_values("item_context", {7: None, 40: None}),
+        ["2 null or blank values in item_context, the first in row 7", "drop"],
+    ),
+    "null name": (set_values("parent_asin", {0: None}), ["1 null or blank values in parent_asin, the first in row 0"]),
+    "blank text": (
+        set_values("item_context", {59: "", 5: " \t\n", 6: "\u3000\u00a0"}),
+        ["3 null or blank values in item_context, the first in row 5"],
+    ),
+    "all null": (lambda c: c.with_columns(item_context=pl.lit(None)), ["60 values of item_context", "not text"]),
+    "numbers for names": (
+        lambda c: c.with_columns(parent_asin=pl.int_range(60)),
+        ["60 values of parent_asin, from row 0 on, are Int64, not text", "cast"],
+    ),
+    "lists for texts": (
+        lambda c: c.with_columns(pl.concat_list("item_context", "title").alias("item_context")),
+        ["60 values of item_context, from row 0 on, are List(String), not text"],
+    ),
+    "duplicate names": (
+        set_values("parent_asin", {9: "B002", 30: "B002", 31: "B003"}),
+        ["3 duplicate parent_asin, the first is 'B002' in row 9", "keep one"],
+    ),
+    "no rows": (lambda c: c.head(0), ["no rows", "at least one item"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CATALOGUES)
+def test_a_catalogue_that_breaks_the_contract_is_refused(data_dir, catalogue, tiny_encoder, refused, kind):
+    change, expected = BAD_CATALOGUES[kind]
+    path = data_dir / "Tiny_items_updated.parquet"
+    change(catalogue).write_parquet(path)
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
+    line = refused(main, flags(data_dir, tiny_encoder), data_dir)
+    assert all(part in line for part in [str(path), *expected]), line
+
+
+@pytest.mark.parametrize("part", [0, 1, 0.3, 0.9, -8, -1, "garbage", "csv"])
+def test_a_corrupt_catalogue_is_refused(data_dir, tiny_encoder, refused, part):
+    path = data_dir / "Tiny_items_updated.parquet"
+    whole = path.read_bytes()
+    if part == "garbage":
+        path.write_bytes(np.random.default_rng(0).bytes(5000))
+    elif part == "csv":
+        path.write_text("parent_asin,item_context\nB000,Lamp\n")
+    else:
+        path.write_bytes(whole[: int(len(whole) * part) if isinstance(part, float) else part])
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
+    line = refused(main, flags(data_dir, tiny_encoder), data_dir)
+    assert f"{path}: not a readable parquet file" in line
+    assert "write it again" in line
+
+
+def test_a_missing_catalogue_is_refused(data_dir, tiny_encoder, refused):
+    path = data_dir / "Tiny_items_updated.parquet"
+    path.unlink()
+    line = refused(main, flags(data_dir, tiny_encoder), data_dir)
+    assert f"{path}: not found" in line
+    assert "with the columns parent_asin and item_context" in line
+
+
+def test_items_without_a_token_are_refused(data_dir, catalogue, tiny_bert, tmp_path, refused):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path / "bare")
+    path = data_dir / "Tiny_items_updated.parquet"
+    set_values("item_context", {4: "\u200b", 5: "\u200b"})(catalogue).write_parquet(path)  # a space of no width
+    line = refused(main, flags(data_dir, tmp_path / "bare", "--instruction", ""), data_dir)
+    assert f"{path}: 2 items become no token at all, the first in row 4" in line
+
+
+BAD_FLAGS = {
+    "unknown": (["--no_such_flag", "1"], "'--no_such_flag'"),
+    "abbreviated": (["--max", "9"], "'--max'"),
+    "stray word": (["Sample"], "'Sample'"),
+    "no number": (["--max_length", "many"], "--max_length"),
+    "no value": (["--instruction"], "--instruction"),
+    "max_length 1": (["--max_length", "1"], "--max_length 1: must be at least 2"),
+    "num_rows 0": (["--num_rows", "0"], "--num_rows 0: must be at least 1"),
+    "num_rows -3": (["--num_rows", "-3"], "--num_rows -3: must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FLAGS)
+def test_a_wrong_flag_is_refused(data_dir, tiny_encoder, refused, kind):
+    more, expected = BAD_FLAGS[kind]
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
+    line = refused(main, flags(data_dir, tiny_encoder, *more), data_dir)
+    assert "command line" in line
+    assert expected in line
+    assert "--help lists the flags" in line
+
+
+@pytest.mark.parametrize("kind", ["hub name", "no folder", "empty folder", "garbage", "slow"])
+def test_a_model_without_a_usable_tokenizer_is_refused(data_dir, tiny_encoder, tmp_path, refused, kind):
+    folder = tmp_path / "model"
+    if kind == "empty folder":
+        folder.mkdir()
+    elif kind == "garbage":
+        shutil.copytree(tiny_encoder, folder)
+        (folder / "tokenizer.json").write_text("{ not json")
+    elif kind == "slow":
+        ByT5Tokenizer().save_pretrained(folder)
+    name = "nobody/no-such-model" if kind == "hub name" else str(folder)
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
+    line = refused(main, flags(data_dir, name), data_dir)
+    assert f"--model_name {name}" in line
+    assert "tokenizer" in line
+
+
+@pytest.mark.parametrize("model", ["tiny_encoder", "tiny_bert"])
+def test_a_folder_of_weights_alone_is_refused(data_dir, tmp_path, refused, model, request):
+    # from config.json alone AutoTokenizer makes a tokenizer that knows no word
+    folder = tmp_path / "weights"
+    shutil.copytree(request.getfixturevalue(model), folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
+    line = refused(main, flags(data_dir, folder), data_dir)
+    assert f"--model_name {folder}" in line
+    assert "tokenizer" in line
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_output(data_dir, tiny_encoder, refused, full_disk):
+    path = data_dir / "Tiny_tokenized.npz"
+    path.write_bytes(b"earlier")
+    line = full_disk(refused, main, flags(data_dir, tiny_encoder), data_dir)
+    assert f"{path}: cannot be written" in line
+    assert "make room" in line
+
+
+def test_an_output_that_cannot_be_replaced_is_told(data_dir, tiny_encoder, refused):
+    path = data_dir / "Tiny_tokenized.npz"
+    path.mkdir()
+    line = refused(main, flags(data_dir, tiny_encoder), data_dir)
+    assert f"{path}: cannot be written" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write_is_told(data_dir, tiny_encoder, refused):
+    data_dir.chmod(0o500)
+    try:
+        line = refused(main, flags(data_dir, tiny_encoder), data_dir)
+    finally:
+        data_dir.chmod(0o700)
+    assert "cannot be written" in line
+    assert "set the rights" in line
+
+
+def test_an_interrupted_write_leaves_the_earlier_output(data_dir, tiny_encoder, monkeypatch, capsys):
+    def half(file, **arrays):
+        file.write(b"half a file")
+        raise KeyboardInterrupt
+
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
+    before = files_of(data_dir)
+    monkeypatch.setattr(np, "savez", half)
+    monkeypatch.setattr(sys, "argv", ["tokenize_items.py", *flags(data_dir, tiny_encoder)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(tokenize_items.__file__, run_name="__main__")
+    assert exit_info.value.code == 130
+    assert "interrupted: nothing was written" in capsys.readouterr().err
+    assert files_of(data_dir) == before
+
+
+# ---------------------------------------------------------------- command line
+
+
+def test_help_tells_a_sentence_and_the_default_of_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    text = re.sub(r"\s", "", capsys.readouterr().out)
+    for field in fields(tokenize_items.TokenizeConfig):
+        sentence = field.metadata["help"]
+        assert sentence.endswith(".")
+        assert f"--{field.name}" in text
+        assert re.sub(r"\s", "", f"{sentence} (default: {field.default})") in text
+
+
+def test_the_command_reads_and_writes_data_output_where_it_runs(data_dir, tiny_encoder, run_script):
+    here = data_dir.parents[1]
+    done = run_script("tokenize_items.py", "--category", "Tiny", "--model_name", str(tiny_encoder), cwd=here)
+    assert done.returncode == 0, done.stderr
+    assert "wrote data/output/Tiny_tokenized.npz: 60 x" in done.stdout
+    by_command = read_npz(data_dir)
+    main(flags(data_dir, tiny_encoder))
+    in_process = read_npz(data_dir)
+    assert all((by_command[name] == in_process[name]).all() for name in in_process)
+
+
+def test_the_command_ends_with_status_2_and_one_line(data_dir, run_script):
+    done = run_script("tokenize_items.py", "--category", "Nowhere", cwd=data_dir.parents[1])
+    assert done.returncode == 2
+    assert "data/output/Nowhere_items_updated.parquet: not found" in complaint(done.stderr)
