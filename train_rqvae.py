@@ -205,7 +205,7 @@ class EmbeddingDataset(Dataset):
             label = next((name for name in ("title", "item_context") if name in columns), "parent_asin")
             wanted = list(dict.fromkeys(["parent_asin", label, "embedding"]))
             table = pl.read_parquet(path, columns=wanted, n_rows=num_rows)
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
         if table.height == 0:
             fail(path, "no rows", again)
@@ -280,8 +280,8 @@ def rotate_to(x: Tensor, code: Tensor) -> Tensor:
 class QuantizerOutput(NamedTuple):
     """One level's answer."""
 
-    quantized: Tensor  # (B, E) the codes' vectors, carrying the gradient to the input
     codes: Tensor  # (B) int64
+    vectors: Tensor  # (B, E) theirs, with the gradient to the codebook alone
     codebook_loss: Tensor  # () mean |sg[x] - code|^2
     commitment_loss: Tensor  # () mean |x - sg[code]|^2, without its weight beta
 
@@ -289,9 +289,8 @@ class QuantizerOutput(NamedTuple):
 class VectorQuantizer(nn.Module):
     """A learnable codebook (arXiv:1711.00937): K codes of dimension E, moved by the codebook loss."""
 
-    def __init__(self, codebook_size: int, codebook_embedding_dim: int, use_rotation_trick: bool = False):
+    def __init__(self, codebook_size: int, codebook_embedding_dim: int):
         super().__init__()
-        self.estimator = rotate_to if use_rotation_trick else straight_through
         codebook = torch.randn(codebook_size, codebook_embedding_dim)  # (K, E)
         self.register_codebook(codebook / math.sqrt(codebook_embedding_dim))
 
@@ -304,8 +303,8 @@ class VectorQuantizer(nn.Module):
         codes = nearest_codes(x.detach(), self.codebook.detach())
         vectors = self.codebook[codes]  # (B, E)
         return QuantizerOutput(
-            quantized=self.estimator(x, vectors),
             codes=codes,
+            vectors=vectors,
             codebook_loss=(vectors - x.detach()).square().sum(1).mean(),
             commitment_loss=(x - vectors.detach()).square().sum(1).mean(),
         )
@@ -326,14 +325,8 @@ class EMAVectorQuantizer(VectorQuantizer):
     over small batches equals one large batch.
     """
 
-    def __init__(
-        self,
-        codebook_size: int,
-        codebook_embedding_dim: int,
-        use_rotation_trick: bool = False,
-        ema_decay: float = 0.99,
-    ):
-        super().__init__(codebook_size, codebook_embedding_dim, use_rotation_trick)
+    def __init__(self, codebook_size: int, codebook_embedding_dim: int, ema_decay: float = 0.99):
+        super().__init__(codebook_size, codebook_embedding_dim)
         self.ema_decay = ema_decay
 
     def register_codebook(self, codebook: Tensor) -> None:
@@ -374,7 +367,7 @@ class EMAVectorQuantizer(VectorQuantizer):
 class Quantized(NamedTuple):
     """What the residual walk found on its way down the levels."""
 
-    vectors: Tensor  # (B, E) sum of the codes, carrying the gradient to the latents
+    vectors: Tensor  # (B, E) exactly the sum of the codes, with the gradient to the latents
     codes: Tensor  # (B, L) int64
     codebook_losses: Tensor  # (L)
     commitment_losses: Tensor  # (L)
@@ -414,11 +407,11 @@ class RQVAE(nn.Module):
         self.register_buffer("input_scale", torch.ones(()))
         self.encoder = mlp(sizes)
         self.decoder = mlp(sizes[::-1])
-        size, rotation = config.codebook_size, config.use_rotation_trick
+        self.estimator = rotate_to if config.use_rotation_trick else straight_through
         self.quantizers = nn.ModuleList(
-            EMAVectorQuantizer(size, latent_dim, rotation, config.ema_decay)
+            EMAVectorQuantizer(config.codebook_size, latent_dim, config.ema_decay)
             if config.use_ema_vq
-            else VectorQuantizer(size, latent_dim, rotation)
+            else VectorQuantizer(config.codebook_size, latent_dim)
             for _ in range(config.codebook_quantization_levels)
         )
 
@@ -434,20 +427,20 @@ class RQVAE(nn.Module):
         return self.decoder(latents) * self.input_scale + self.input_mean
 
     def quantize(self, latents: Tensor, before_level: Callable[[int, Tensor], None] | None = None) -> Quantized:
-        """The residual walk, the only one: each level quantizes what the levels above left: latents (B, E).
+        """The residual walk, the only one: each level quantizes what those above left of latents (B, E).
 
-        `before_level(level, residuals)` may change the level's codebook before it is used.
+        `before_level(level, residuals)` may change the level's codebook before it is used. The gradient passes
+        the sum of the codes once: level by level, the encoder would get it L times.
         """
-        residuals, vectors, outputs = latents.float(), 0.0, []
+        latents = latents.float()
+        residuals, outputs = latents, []
         for level, quantizer in enumerate(self.quantizers):
             if before_level:
                 before_level(level, residuals.detach())
-            output = quantizer(residuals)
-            residuals = residuals - quantizer.codebook[output.codes].detach()
-            vectors = vectors + output.quantized
-            outputs.append(output)
+            outputs.append(quantizer(residuals))
+            residuals = residuals - outputs[-1].vectors.detach()
         return Quantized(
-            vectors=vectors,
+            vectors=self.estimator(latents, sum(output.vectors.detach() for output in outputs)),
             codes=torch.stack([output.codes for output in outputs], dim=1),
             codebook_losses=torch.stack([output.codebook_loss for output in outputs]),
             commitment_losses=torch.stack([output.commitment_loss for output in outputs]),
@@ -676,7 +669,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:  # torch and polars raise their own
         trouble = f"cannot be written ({first_line(error)})"
         fail(path, trouble, "make room or set the rights there, or choose another folder")
     finally:
@@ -1245,7 +1238,8 @@ def main(argv: list[str] | None = None) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = n - len(plan.train_rows)
     print(
-        f"{len(plan.train_rows):,} training and {held_out:,} validation items; {parameters / 1e6:.2f} million parameters"
+        f"{len(plan.train_rows):,} training and {held_out:,} validation items, "
+        f"{parameters / 1e6:.2f} million parameters"
     )
     print(
         f"{plan.total_steps:,} steps of {plan.rows_per_step:,} items, {plan.steps_per_epoch} an epoch; "
