@@ -1,0 +1,135 @@
+"""The three scripts as a user chains them, the README's snippet, and the sample that ships."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import pytest
+from conftest import ROOT, files_of
+
+SAMPLE = ROOT / "data" / "sample"
+SCRIPTS = ["tokenize_items.py", "embed_items.py", "train_rqvae.py"]
+TINY_TRAINING = (
+    "--codebook_size 16 --codebook_embedding_dim 8 --encoder_hidden_dims 32 --batch_size 32 --max_steps 20 "
+    "--warmup_steps 5 --steps_per_val_log 10"
+)
+
+
+def chain(model: str, cwd) -> subprocess.CompletedProcess:
+    """One shell line, as in the README."""
+    python = sys.executable
+    line = (
+        f"{python} {ROOT}/tokenize_items.py --category Tiny --model_name {model} && "
+        f"{python} {ROOT}/embed_items.py --category Tiny --device cpu && "
+        f"{python} {ROOT}/train_rqvae.py --category Tiny --device cpu {TINY_TRAINING}"
+    )
+    return subprocess.run(line, shell=True, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_chain_gives_every_item_one_distinct_id(tmp_path, data_dir, catalogue, tiny_encoder):
+    done = chain(str(tiny_encoder), tmp_path)
+    assert done.returncode == 0, done.stderr
+    ids = pl.read_parquet(data_dir / "Tiny_semantic_ids.parquet")
+    assert ids["parent_asin"].equals(catalogue["parent_asin"])
+    assert ids["semantic_id"].n_unique() == len(catalogue)
+    codes = ids.select(pl.exclude("parent_asin", "semantic_id"))
+    assert codes.columns == ["semantic_id_0", "semantic_id_1", "semantic_id_2"]
+    assert ids["semantic_id"].to_list() == ["-".join(map(str, row)) for row in codes.rows()]
+    titles = [" ".join(title.split()) for title in catalogue["title"]]
+    shown = re.findall(r"^ {4}(\d+-\d+-\d+) +(.*)$", done.stdout, flags=re.M)
+    of_id = dict(zip(ids["semantic_id"], titles, strict=True))
+    assert len(shown) >= 8
+    assert all(of_id[shown_id] == label for shown_id, label in shown)
+    made = {path.name for path in (tmp_path / "checkpoints" / "rqvae").glob("*.pth")}
+    assert made == {"best_model.pth", "final_model.pth"}
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "checkpoints"}, "something was left beside them"
+
+
+def test_the_chain_stops_at_the_first_failure(tmp_path, data_dir):
+    before = files_of(tmp_path)
+    done = chain(str(tmp_path / "nowhere"), tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --model_name")
+    assert len(done.stderr.splitlines()) == 1
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_imports_another(script):
+    source = (ROOT / script).read_text()
+    others = "|".join(name.removesuffix(".py") for name in SCRIPTS)
+    assert not re.search(rf"^\s*(from|import)\s+({others})\b", source, flags=re.M)
+
+
+def test_readme_snippet_turns_amazon_metadata_into_a_catalogue(tmp_path, monkeypatch, tiny_encoder, run_script):
+    rows = [
+        {
+            "parent_asin": "A1",
+            "title": "Pad",
+            "features": ["Red", "Light"],
+            "description": ["Two", "lines"],
+            "price": 5,
+        },
+        {
+            "parent_asin": "A2",
+            "title": "Cable",
+            "features": [],
+            "description": [],
+            "price": "from 3",
+            "details": {"a": 1},
+        },
+        {"parent_asin": "A1", "title": "Pad again", "features": [], "description": []},
+        {"parent_asin": "A3", "title": None, "features": ["no title"], "description": None},
+        {"parent_asin": "A4", "title": "Stand", "features": None, "description": None, "details": {"b": "c"}},
+    ]
+    (tmp_path / "meta_Video_Games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "data" / "output").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    exec(snippet, {})
+    written = pl.read_parquet("data/output/Video_Games_items_updated.parquet")
+    assert written["parent_asin"].to_list() == ["A1", "A2", "A4"]
+    assert written["item_context"].to_list() == [
+        "Title: Pad\nFeatures: Red. Light\nDescription: Two lines",
+        "Title: Cable\nFeatures: \nDescription: ",
+        "Title: Stand\nFeatures: \nDescription: ",
+    ]
+    done = run_script("tokenize_items.py", "--model_name", str(tiny_encoder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sample_catalogue_is_what_its_script_writes(tmp_path):
+    (tmp_path / "data" / "sample").mkdir(parents=True)
+    (tmp_path / "data" / "output").mkdir()
+    shutil.copy(SAMPLE / "make_catalogue.py", tmp_path / "data" / "sample")
+    subprocess.run([sys.executable, "data/sample/make_catalogue.py"], cwd=tmp_path, check=True, capture_output=True)
+    name = "data/output/Sample_items_updated.parquet"
+    written, shipped = pl.read_parquet(tmp_path / name), pl.read_parquet(ROOT / name)
+    assert written.equals(shipped)
+    assert len(shipped) == 2000
+    assert shipped["item_context"].n_unique() == 2000
+
+
+def test_sample_encoder_is_small_and_knows_series(tmp_path, run_script):
+    size = sum(path.stat().st_size for path in (SAMPLE / "encoder").iterdir())
+    assert size <= 10_000_000
+    name = "Sample_items_updated.parquet"
+    shutil.copytree(ROOT / "data" / "output", tmp_path / "data" / "output", ignore=lambda _, names: {*names} - {name})
+    for script, flags in (("tokenize_items.py", ["--model_name", str(SAMPLE / "encoder")]), ("embed_items.py", [])):
+        done = run_script(script, "--category", "Sample", "--num_rows", "400", *flags, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    items = pl.read_parquet(tmp_path / "data" / "output" / "Sample_items_with_embeddings.parquet")
+    vectors = items["embedding"].list.to_array(len(items["embedding"][0])).to_numpy()
+    series = items["title"].str.split(" ").list.head(2).list.join(" ").to_numpy()  # names open with their series
+    cosine = vectors @ vectors.T
+    np.fill_diagonal(cosine, -1)
+    same = series[:, None] == series  # (N, N)
+    np.fill_diagonal(same, False)
+    known = same.any(1)
+    nearest_agrees = (series[cosine.argmax(1)] == series)[known].mean()
+    assert nearest_agrees > 10 * same[known].mean()
+    assert nearest_agrees > 0.5
