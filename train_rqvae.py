@@ -102,7 +102,7 @@ class RQVAEConfig:
         default="cosine_with_warmup", help="Learning rate: a cosine, with a linear rise before it or without."
     )
     warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
-    gradient_clip_norm: float = HfArg(default=100.0, help="Largest gradient norm; 0 for no clipping.")
+    gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(
         default=0.5, help="Noise on the training inputs, in standard deviations of the embeddings."
     )
@@ -282,8 +282,8 @@ class QuantizerOutput(NamedTuple):
 
     codes: Tensor  # (B) int64
     vectors: Tensor  # (B, E) theirs, with the gradient to the codebook alone
-    codebook_loss: Tensor  # () mean |sg[x] - code|^2
-    commitment_loss: Tensor  # () mean |x - sg[code]|^2, without its weight beta
+    codebook_loss: Tensor  # () mean square of sg[x] - code over B and E
+    commitment_loss: Tensor  # () mean square of x - sg[code], without its weight beta
 
 
 class VectorQuantizer(nn.Module):
@@ -305,8 +305,8 @@ class VectorQuantizer(nn.Module):
         return QuantizerOutput(
             codes=codes,
             vectors=vectors,
-            codebook_loss=(vectors - x.detach()).square().sum(1).mean(),
-            commitment_loss=(x - vectors.detach()).square().sum(1).mean(),
+            codebook_loss=F.mse_loss(vectors, x.detach()),
+            commitment_loss=F.mse_loss(x, vectors.detach()),
         )
 
     @torch.no_grad()
@@ -355,8 +355,9 @@ class EMAVectorQuantizer(VectorQuantizer):
         """Equations of appendix A.1: N = decay N + (1 - decay) n, m = decay m + (1 - decay) sum, code = m / N."""
         self.ema_counts.lerp_(self.step_counts, 1 - self.ema_decay)
         self.ema_sums.lerp_(self.step_sums, 1 - self.ema_decay)
-        # a code without items keeps its place: both averages fade together
-        self.codebook.copy_(self.ema_sums / self.ema_counts.clamp_min(1e-12).unsqueeze(1))
+        # a code without items keeps its place: both averages fade together, until there is nothing left to divide
+        counts = self.ema_counts.unsqueeze(1)  # (K, 1)
+        self.codebook.copy_(torch.where(counts > 1e-6, self.ema_sums / counts, self.codebook))
         self.step_counts.zero_()
         self.step_sums.zero_()
 
@@ -378,7 +379,7 @@ class Losses(NamedTuple):
     """The terms of total = reconstruction + sum over levels (codebook + beta commitment), each a mean over B."""
 
     total: Tensor  # ()
-    reconstruction: Tensor  # () squared error of the standardised embedding, summed over D
+    reconstruction: Tensor  # () mean square over B and D, standardised: the unexplained share of the variance
     vq: Tensor  # ()
     quantized: Quantized
 
@@ -461,7 +462,7 @@ class RQVAE(nn.Module):
             quantized, vq = None, latents.new_zeros(())
         decoded = self.decoder(quantized.vectors if quantize else latents)
         target = self.standardise(x if target is None else target)
-        reconstruction = (decoded - target).square().sum(1).mean()
+        reconstruction = F.mse_loss(decoded, target)
         return Losses(reconstruction + vq, reconstruction, vq, quantized)
 
     @torch.inference_mode()
@@ -683,20 +684,8 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict:
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         missing = {"model_state_dict", "config", "step", "epoch", "val_loss"} - checkpoint.keys()
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        ValueError,
-        AttributeError,
-        KeyError,
-        pickle.UnpicklingError,
-    ) as error:
-        fail(
-            path,
-            f"damaged, or not a checkpoint ({first_line(error)})",
-            "delete it and use another, or train again",
-        )
+    except UNREADABLE as error:
+        fail(path, f"damaged, or not a checkpoint ({first_line(error)})", "delete it and use another, or train again")
     if missing:
         fail(path, f"no {', '.join(sorted(missing))} in it", "delete it and use another, or train again")
     return checkpoint
@@ -819,7 +808,7 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 def split_rows(n: int, config: RQVAEConfig) -> tuple[Tensor, Tensor]:
     """Training and validation rows of n, the same for a seed; without a validation split, all rows are both."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
-    held_out = round(n * config.val_split)
+    held_out = min(round(n * config.val_split), n - 1)
     if held_out == 0:
         return order, order
     return order[held_out:], order[:held_out]
@@ -882,15 +871,27 @@ def train_step(
     return StepResult(terms, torch.cat(codes) if quantize else None, norm)
 
 
+def step_metrics(step: int, result: StepResult, config: RQVAEConfig) -> dict[str, float]:
+    """The step's losses and gradient norms by name; ends the run where a loss is no number any more."""
+    metrics = loss_metrics("train", result.terms, config)
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise SystemExit(f"error: {name} became {value} by step {step}; train again with a lower --max_lr")
+    norm = result.gradient_norm.item()
+    metrics["train/gradient_norm"] = norm
+    metrics["train/clipped_gradient_norm"] = min(norm, config.gradient_clip_norm or math.inf)
+    return metrics
+
+
 class Plan(NamedTuple):
     """Sizes that follow from the configuration and the number of items."""
 
-    train_rows: Tensor
-    val_rows: Tensor
+    train_rows: Tensor  # (M)
+    val_rows: Tensor  # (V)
     rows_per_step: int
     steps_per_epoch: int
     total_steps: int
-    autoencoder_steps: int
+    autoencoder_steps: int  # of those, the first, before k-means
 
 
 def plan_training(n: int, config: RQVAEConfig) -> Plan:
@@ -900,13 +901,13 @@ def plan_training(n: int, config: RQVAEConfig) -> Plan:
     total_steps = config.num_epochs * steps_per_epoch
     if config.max_steps > 0:
         total_steps = min(total_steps, config.max_steps)
-    autoencoder_steps = config.autoencoder_steps
-    if autoencoder_steps is None:
+    if not config.use_kmeans_init:
+        autoencoder_steps = 0
+    elif config.autoencoder_steps is None:
         autoencoder_steps = min(total_steps // 5, MOST_AUTOENCODER_STEPS)
-    return Plan(
-        train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps,
-        autoencoder_steps if config.use_kmeans_init else 0,
-    )  # fmt: skip
+    else:
+        autoencoder_steps = config.autoencoder_steps
+    return Plan(train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
 
 @contextmanager
@@ -997,19 +998,14 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                     usage.zero_()
 
             if step % config.steps_per_train_log == 0:
-                logged = loss_metrics("train", result.terms, config)
-                norm, now = result.gradient_norm.item(), time.perf_counter()
-                limit = config.gradient_clip_norm or math.inf
-                logged["train/gradient_norm"], logged["train/clipped_gradient_norm"] = norm, min(norm, limit)
+                logged = step_metrics(step, result, config)
+                now = time.perf_counter()
                 logged["train/learning_rate"] = rate
                 logged["train/items_per_second"] = (step - last_log) * plan.rows_per_step / (now - last_time)
                 last_log, last_time = step, now
-                if not math.isfinite(logged["train/total_loss"]):
-                    broken = next(name for name, value in logged.items() if not math.isfinite(value))
-                    raise FloatingPointError(f"{broken} became {logged[broken]} by step {step}; lower --max_lr")
                 run.log(logged, step=step)
                 metrics |= logged
-                bar.set_postfix_str(f"loss {logged['train/total_loss']:.4g}, lr {rate:.2e}, norm {norm:.3g}")
+                bar.set_postfix_str(f"loss {logged['train/total_loss']:.4g}, lr {rate:.2e}")
             if quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps):
                 measured = validate(model, embeddings, val_rows)
                 run.log(measured, step=step)
