@@ -18,13 +18,13 @@ import hashlib
 import itertools
 import math
 import os
-import pickle
 import re
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -48,7 +48,11 @@ KMEANS_ROWS = 200_000  # more rows do not move 256 centres
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
 EXAMPLE_PREFIXES, EXAMPLE_ITEMS = 8, 4
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, AttributeError, KeyError, pickle.UnpicklingError)
+CHECKPOINT_KEYS = {"model_state_dict", "config", "step", "epoch", "val_loss"}
+RESUME_KEYS = CHECKPOINT_KEYS | {
+    "optimizer_state_dict", "scheduler_state_dict", "random_states", "usage", "best_val_loss", "wandb_run_id",
+    "metrics", "data", "autoencoder_steps",
+}  # fmt: skip
 MODEL_FIELDS = (
     "item_embedding_dim",
     "encoder_hidden_dims",
@@ -104,7 +108,8 @@ class RQVAEConfig:
     warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(
-        default=0.5, help="Noise on the training inputs, in standard deviations of the embeddings."
+        default=0.5,
+        help="Noise on the training inputs at the start, in their standard deviations; it fades out to the end.",
     )
     input_mixing: float = HfArg(
         default=0.3, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
@@ -142,11 +147,13 @@ class RQVAEConfig:
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
+            if value is not None and not least <= value < math.inf:
                 raise ValueError(f"--{name} {value}: must be at least {least}")
         for name in ("val_split", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
+        if self.seed + self.codebook_quantization_levels > 2**32:
+            raise ValueError(f"--seed {self.seed}: must be below 2**32 less the levels")
         if self.max_steps < 1 and self.max_steps != -1:
             raise ValueError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for no limit")
         if min(self.encoder_hidden_dims, default=1) < 1:
@@ -157,8 +164,14 @@ class RQVAEConfig:
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
-    print("error:", " ".join(f"{what}: {trouble}; {way_out}".split()), file=sys.stderr)
+    line = " ".join(f"error: {what}: {trouble}; {way_out}".split())
+    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where there is a progress bar
     raise SystemExit(2)
+
+
+def diverged(trouble: str) -> NoReturn:
+    """Ends a run whose numbers are none any more: one line on standard error, exit status 1."""
+    raise SystemExit(f"error: {trouble}; train again with a lower --max_lr")
 
 
 def warn(message: str) -> None:
@@ -210,7 +223,8 @@ class EmbeddingDataset(Dataset):
         if table.height == 0:
             fail(path, "no rows", again)
         self.parent_asin = table["parent_asin"]
-        self.labels = table[label].cast(pl.String).fill_null("")
+        labels = table[label]
+        self.labels = (labels if labels.dtype == pl.String else pl.Series(map(str, labels))).fill_null("")
         self._check_names(path)
         self.embeddings = self._as_tensor(table["embedding"], path)  # (N, D)
 
@@ -225,7 +239,8 @@ class EmbeddingDataset(Dataset):
 
     def _as_tensor(self, column: pl.Series, path: Path) -> Tensor:
         again = "run embed_items.py again"
-        if column.dtype not in (pl.List(pl.Float32), pl.List(pl.Float64)) and column.dtype.base_type() != pl.Array:
+        kind = column.dtype
+        if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
             fail(path, f"embedding is {column.dtype}, not a list of Float32", again)
         if column.dtype.base_type() == pl.Array:
             column = column.arr.to_list()
@@ -234,7 +249,8 @@ class EmbeddingDataset(Dataset):
         if odd.any():
             row = int(odd.argmax())
             fail(path, f"{odd.sum()} embeddings are not of one dimension, the first in row {row}", again)
-        array = column.list.to_array(int(sizes[0])).to_numpy().astype(np.float32, copy=True)
+        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below, as infinite
+            array = column.list.to_array(int(sizes[0])).to_numpy().astype(np.float32, copy=True)
         broken = ~np.isfinite(array).all(axis=1)
         if broken.any():
             first = self.parent_asin[int(broken.argmax())]
@@ -339,7 +355,7 @@ class EMAVectorQuantizer(VectorQuantizer):
     def forward(self, x: Tensor) -> QuantizerOutput:
         """Quantizes x (B, E) in float32; in training, also counts it for the averages."""
         output = super().forward(x)
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # a step, and not a look at the catalogue
             self.step_counts.index_add_(0, output.codes, torch.ones_like(output.codes, dtype=torch.float32))
             self.step_sums.index_add_(0, output.codes, x.detach().float())
         return output
@@ -465,12 +481,12 @@ class RQVAE(nn.Module):
         reconstruction = F.mse_loss(decoded, target)
         return Losses(reconstruction + vq, reconstruction, vq, quantized)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_to_semantic_ids(self, x: Tensor) -> Tensor:
         """Codes of embeddings as stored: x (B, D) -> (B, L) int64; equal for items that collide."""
         return self.quantize(self.encode(x)).codes
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_from_semantic_ids(self, ids: Tensor) -> Tensor:
         """Embeddings as stored: ids (B, L), or their first levels (B, l) -> (B, D)."""
         return self.decode(self.decode_levels(ids))
@@ -492,7 +508,8 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
 
     The encoder's last layer takes the change, and the decoder's first layer its inverse.
     """
-    mean, scale = latents.mean(0), latents.std().clamp_min(1e-12)
+    mean = latents.mean(0)
+    scale = (latents - mean).std().clamp_min(1e-12)
     last, first = model.encoder[-1], model.decoder[0]
     last.bias.sub_(mean).div_(scale)
     last.weight.div_(scale)
@@ -519,6 +536,8 @@ def start_quantizing(model: RQVAE, x: Tensor, optimizer: torch.optim.Optimizer, 
     """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D)."""
     with torch.no_grad():
         latents = torch.cat([model.encode(part) for part in x.split(ROWS_PER_PASS)])
+    if not latents.isfinite().all():
+        diverged("latents became NaN or infinite before k-means")
     init_codebooks(model, rescale_latents(model, latents), seed)
     optimizer.state.clear()  # moments of the weights before the rescaling
 
@@ -674,7 +693,25 @@ def replacing(path: Path) -> Iterator[Path]:
         trouble = f"cannot be written ({first_line(error)})"
         fail(path, trouble, "make room or set the rights there, or choose another folder")
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> dict:
+    """The dict of a .pth that this script wrote, with these keys; ValueError where anything in it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load takes tensors with flipped bits for good
+                raise ValueError("its checksums do not match")
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        missing = keys - checkpoint.keys()
+        if not missing:
+            RQVAE(RQVAEConfig(**checkpoint["config"])).load_state_dict(checkpoint["model_state_dict"])
+    except Exception as error:  # a damaged file makes torch.load raise nearly anything
+        raise ValueError(first_line(error)) from error
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))} in it")
+    return checkpoint
 
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:
@@ -682,23 +719,16 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict:
     if not path.is_file():
         fail(path, "not found", "train first, or name another --checkpoint_dir")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        missing = {"model_state_dict", "config", "step", "epoch", "val_loss"} - checkpoint.keys()
-    except UNREADABLE as error:
-        fail(path, f"damaged, or not a checkpoint ({first_line(error)})", "delete it and use another, or train again")
-    if missing:
-        fail(path, f"no {', '.join(sorted(missing))} in it", "delete it and use another, or train again")
-    return checkpoint
+        return load_whole(path, device, CHECKPOINT_KEYS)
+    except ValueError as error:
+        fail(path, f"damaged, or not a checkpoint ({error})", "delete it and use another, or train again")
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
-    """The RQVAE of any checkpoint, in evaluation mode on `device`."""
+    """The RQVAE of any checkpoint, in evaluation mode on `device`; ends the run where the file is no good."""
     checkpoint = read_checkpoint(Path(path), device)
-    try:
-        model = RQVAE(RQVAEConfig(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model_state_dict"])
-    except (TypeError, ValueError, RuntimeError) as error:
-        fail(path, f"not a checkpoint of this model ({first_line(error)})", "train again")
+    model = RQVAE(RQVAEConfig(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model_state_dict"])
     return model.to(device).eval()
 
 
@@ -829,18 +859,19 @@ def shuffled(rows: Tensor, epoch: int, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
 
 
-def augment(x: Tensor, model: RQVAE, config: RQVAEConfig) -> tuple[Tensor, Tensor]:
+def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tensor, Tensor]:
     """Training inputs and what they should become, (B, D) both, so that a small catalogue is not learned by heart.
 
-    Inputs are mixed in pairs, as in mixup (arXiv:1710.09412), and drawn out to the variance they had; then
-    noise is added that the reconstruction should not have, as in a denoising autoencoder.
+    Inputs are mixed in pairs with weights from Beta(mixing, mixing), as in mixup (arXiv:1710.09412), and drawn
+    out to the variance they had; then noise is added that the reconstruction should not have, as in a denoising
+    autoencoder.
     """
-    if config.input_mixing:
-        share = torch.distributions.Beta(config.input_mixing, config.input_mixing).sample((len(x), 1)).to(x)
+    if mixing:
+        share = torch.distributions.Beta(mixing, mixing).sample((len(x), 1)).to(x)
         centred = x - model.input_mean
         mixed = share * centred + (1 - share) * centred.roll(1, dims=0)
         x = model.input_mean + mixed / (share.square() + (1 - share).square()).sqrt()
-    return x + config.input_noise * model.input_scale * torch.randn_like(x), x
+    return x + noise * model.input_scale * torch.randn_like(x), x
 
 
 class StepResult(NamedTuple):
@@ -852,13 +883,13 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: RQVAE, optimizer: torch.optim.Optimizer, embeddings: Tensor, rows: Tensor, quantize: bool
+    model: RQVAE, optimizer: torch.optim.Optimizer, embeddings: Tensor, rows: Tensor, noise: float, quantize: bool
 ) -> StepResult:
     """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step."""
     config, terms, codes = model.config, 0.0, []
     for batch in rows.split(config.batch_size):
         share = len(batch) / len(rows)
-        losses = model(*augment(embeddings[batch], model, config), quantize)
+        losses = model(*augment(embeddings[batch], model, noise, config.input_mixing), quantize)
         (losses.total * share).backward()
         terms = terms + loss_terms(losses, config).detach() * share
         codes += [losses.quantized.codes] if quantize else []
@@ -876,7 +907,7 @@ def step_metrics(step: int, result: StepResult, config: RQVAEConfig) -> dict[str
     metrics = loss_metrics("train", result.terms, config)
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise SystemExit(f"error: {name} became {value} by step {step}; train again with a lower --max_lr")
+            diverged(f"{name} became {value} by step {step}")
     norm = result.gradient_norm.item()
     metrics["train/gradient_norm"] = norm
     metrics["train/clipped_gradient_norm"] = min(norm, config.gradient_clip_norm or math.inf)
@@ -941,8 +972,10 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"].cpu())
 
 
-def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> bool:
-    """Trains to the last step and writes the checkpoints: embeddings (N, D) on the device; False if interrupted.
+def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
+    """Trains to the last step and writes the checkpoints: embeddings (N, D) on the device.
+
+    Returns whether it got there, and the best validation loss.
 
     `data` names the embeddings in the checkpoints, `resumed` is the checkpoint to go on from, `run` is W&B's.
     """
@@ -973,7 +1006,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     def save_numbered(step: int) -> None:
         save(f"checkpoint_step_{step}.pth", step, optimizer_state_dict=optimizer.state_dict(),
              scheduler_state_dict=scheduler.state_dict(), random_states=random_states(), usage=usage,
-             best_val_loss=best, wandb_run_id=run.id)  # fmt: skip
+             best_val_loss=best, wandb_run_id=run.id,
+             autoencoder_steps=plan.autoencoder_steps)  # fmt: skip
 
     model.train()
     last_log, last_time, order, order_epoch = start, time.perf_counter(), None, None
@@ -987,7 +1021,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
                 start_quantizing(model, embeddings[train_rows[:KMEANS_ROWS]], optimizer, config.seed)
             quantize = step > plan.autoencoder_steps
-            result = train_step(model, optimizer, embeddings, rows, quantize)
+            noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
+            result = train_step(model, optimizer, embeddings, rows, noise, quantize)
             rate = scheduler.get_last_lr()[0]
             scheduler.step()
             if quantize:
@@ -1020,9 +1055,11 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             bar.update()
             if asked_to_stop and step < plan.total_steps:
                 save_numbered(step)
-                return False
+                return False, best
+    if not math.isfinite(best):
+        diverged("no validation loss was finite")
     save("final_model.pth", plan.total_steps)
-    return True
+    return True, best
 
 
 # ---------------------------------------------------------------- export and report
@@ -1099,8 +1136,6 @@ def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
     """A run that is online where an API key is configured, else offline; WANDB_MODE decides where it is set."""
     mode = os.environ.get("WANDB_MODE")
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
-    if mode is None:
-        mode = "online" if wandb.login(prompt=False) else "offline"
     options = {
         "project": config.wandb_project,
         "config": values,
@@ -1110,7 +1145,13 @@ def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
     }
     settings = wandb.Settings(console="off", init_timeout=30)
     try:
+        if mode is None:
+            mode = "online" if wandb.login(prompt=False) else "offline"
         run = wandb.init(mode=mode, settings=settings, **options)
+    except wandb.errors.UsageError as error:
+        if "project" not in str(error):
+            raise
+        fail(f"--wandb_project {config.wandb_project}", first_line(error), "choose another name")
     except wandb.errors.Error as error:  # no network, or a key that is not known there
         warn(f"W&B is out of reach ({first_line(error)}): this run is logged offline")
         mode, run = "offline", wandb.init(mode="offline", settings=settings, **options)
@@ -1178,9 +1219,9 @@ def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
     paths = sorted(folder.glob("checkpoint_step_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in paths:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except UNREADABLE as error:
-            warn(f"{path} is damaged ({first_line(error)}): passed over")
+            checkpoint = load_whole(path, "cpu", RESUME_KEYS)
+        except ValueError as error:
+            warn(f"{path} is damaged ({error}): passed over")
             continue
         way_out = "give the same flags as before, or another --checkpoint_dir"
         for name, value in asdict(config).items():
@@ -1229,6 +1270,8 @@ def main(argv: list[str] | None = None) -> int:
     check_plan(plan, source, config)
     resumed = find_resumed(folder, config, data_digest(dataset.embeddings)) if config.resume else None
 
+    if resumed:  # by default these follow from the number of steps, which may be another now
+        plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
     torch.manual_seed(config.seed)
     model = RQVAE(config).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -1243,8 +1286,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     run = start_wandb(config, asdict(config), resumed["wandb_run_id"] if resumed else None)
     embeddings = dataset.embeddings.to(device)
-    finished = train(model, embeddings, plan, data_digest(dataset.embeddings), resumed, run)
-    if best_path.is_file():
+    finished, best = train(model, embeddings, plan, data_digest(dataset.embeddings), resumed, run)
+    if math.isfinite(best):  # else best_model.pth, if there is one, is of an earlier run
         upload_best(run, best_path, config)
     if not finished:
         run.finish()
