@@ -45,6 +45,8 @@ from transformers.hf_argparser import HfArg
 LIST_FLAGS = "--help lists the flags"
 ROWS_PER_PASS = 32768  # rows encoded at once outside training
 KMEANS_ROWS = 200_000  # more rows do not move 256 centres
+RECONSTRUCTION_WEIGHT = 3.0  # against the quantization losses; the codes spread more evenly than at 1
+ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
 EXAMPLE_PREFIXES, EXAMPLE_ITEMS = 8, 4
@@ -108,7 +110,7 @@ class RQVAEConfig:
     warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(
-        default=0.5,
+        default=0.7,
         help="Noise on the training inputs at the start, in their standard deviations; it fades out to the end.",
     )
     input_mixing: float = HfArg(
@@ -395,7 +397,7 @@ class Losses(NamedTuple):
     """The terms of total = reconstruction + sum over levels (codebook + beta commitment), each a mean over B."""
 
     total: Tensor  # ()
-    reconstruction: Tensor  # () mean square over B and D, standardised: the unexplained share of the variance
+    reconstruction: Tensor  # () RECONSTRUCTION_WEIGHT x the mean square over B and D, standardised
     vq: Tensor  # ()
     quantized: Quantized
 
@@ -478,7 +480,7 @@ class RQVAE(nn.Module):
             quantized, vq = None, latents.new_zeros(())
         decoded = self.decoder(quantized.vectors if quantize else latents)
         target = self.standardise(x if target is None else target)
-        reconstruction = F.mse_loss(decoded, target)
+        reconstruction = RECONSTRUCTION_WEIGHT * F.mse_loss(decoded, target)
         return Losses(reconstruction + vq, reconstruction, vq, quantized)
 
     @torch.no_grad()
@@ -983,7 +985,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     train_rows, val_rows = plan.train_rows.to(device), plan.val_rows.to(device)
     levels, size = config.codebook_quantization_levels, config.codebook_size
     usage = torch.zeros(levels, size, dtype=torch.int64, device=device)  # (L, K) since the last reset
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.max_lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.max_lr, betas=ADAM_BETAS)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, plan.total_steps, config) / config.max_lr
     )

@@ -304,7 +304,9 @@ def test_total_loss_is_the_sum_of_its_terms(beta):
     assert losses.vq.item() == pytest.approx(vq.item(), rel=1e-5)
     assert losses.total.item() == pytest.approx(losses.reconstruction.item() + vq.item(), rel=1e-5)
     off = model.standardise(model.decode_from_semantic_ids(quantized.codes)) - model.standardise(x)
-    assert losses.reconstruction.item() == pytest.approx(mean_square(off.detach()), rel=1e-4)
+    assert losses.reconstruction.item() == pytest.approx(
+        train_rqvae.RECONSTRUCTION_WEIGHT * mean_square(off.detach()), rel=1e-4
+    )
 
 
 def test_plain_autoencoder_loss_has_no_quantization_in_it():
@@ -314,7 +316,7 @@ def test_plain_autoencoder_loss_has_no_quantization_in_it():
     off = model.standardise(model.decode(model.encode(x))) - model.standardise(x)
     assert losses.quantized is None
     assert losses.total.item() == losses.reconstruction.item()
-    assert losses.total.item() == pytest.approx(mean_square(off.detach()), rel=1e-4)
+    assert losses.total.item() == pytest.approx(train_rqvae.RECONSTRUCTION_WEIGHT * mean_square(off.detach()), rel=1e-4)
 
 
 def test_loss_is_against_the_target_where_one_is_given():
@@ -322,7 +324,9 @@ def test_loss_is_against_the_target_where_one_is_given():
     model = started_model(x)
     losses, target = model(x, 2 * x.flip(0)), model.standardise(2 * x.flip(0))
     decoded = model.standardise(model.decode_from_semantic_ids(losses.quantized.codes))
-    assert losses.reconstruction.item() == pytest.approx(mean_square(decoded - target), rel=1e-4)
+    assert losses.reconstruction.item() == pytest.approx(
+        train_rqvae.RECONSTRUCTION_WEIGHT * mean_square(decoded - target), rel=1e-4
+    )
     assert losses.vq.item() == model(x).vq.item()  # the input is x all the same
 
 
