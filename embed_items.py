@@ -135,7 +135,7 @@ def read_tokens(path: Path) -> Tokens:
         fail(path, f"damaged, or not an npz of tokenize_items.py ({first_line(error)})", again)
     ids, mask = tokens.input_ids, tokens.attention_mask
     sound = ids.ndim == 2 and ids.shape == mask.shape and len(ids) == n_items
-    if not sound or ids.dtype != np.int32 or mask.dtype not in (bool, np.uint8) or (mask > 1).any():
+    if not sound or ids.dtype != np.int32 or mask.dtype not in (bool, np.uint8) or mask.max(initial=0) > 1:
         shapes = f"input_ids {ids.dtype} {ids.shape}, attention_mask {mask.dtype} {mask.shape}, n_items {n_items}"
         fail(path, f"its parts do not fit together: {shapes}", again)
     if n_items == 0:
@@ -284,7 +284,8 @@ def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.nda
 def alone_and_together(model: PreTrainedModel, dataset: TokenDataset, config: EmbedConfig) -> float:
     """The worst cosine between items embedded alone and in one batch: 1 where padding changes nothing."""
     by_length = np.argsort(dataset.lengths, kind="stable")
-    rows = by_length[np.linspace(0, len(dataset) - 1, min(ITEMS_CHECKED, len(dataset))).astype(int)]
+    count = min(ITEMS_CHECKED, len(dataset), max(2, config.tokens_per_batch // int(dataset.lengths.max())))
+    rows = by_length[np.linspace(0, len(dataset) - 1, count).astype(int)]
     _, input_ids, mask = dataset[rows]
     together = embed(model, input_ids, mask, config)
     alone = torch.cat([embed(model, *dataset[rows[i : i + 1]][1:], config) for i in range(len(rows))])
@@ -367,10 +368,10 @@ def main(argv: list[str] | None = None) -> None:
     embeddings = embed_all(model, dataset, config)  # (N, D)
     seconds = time.perf_counter() - start
     print(f"{n / seconds:,.0f} items and {dataset.lengths.sum() / seconds:,.0f} tokens a second")
-    broken = ~np.isfinite(embeddings).all(axis=1)
+    broken = ~(np.abs(np.linalg.norm(embeddings, axis=1) - 1) < 1e-3)
     if count := int(broken.sum()):
         first = catalogue["parent_asin"][int(broken.argmax())]
-        trouble = f"{count} items became NaN or infinite with {model_name} in {dtype}, the first is {first!r}"
+        trouble = f"{count} items became NaN, infinite or zero with {model_name} in {dtype}, the first is {first!r}"
         fail(tokens_path, trouble, "use --dtype float32")
 
     vectors = pl.Series("embedding", embeddings).cast(pl.List(pl.Float32))

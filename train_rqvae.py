@@ -44,12 +44,12 @@ from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
 ROWS_PER_PASS = 32768  # rows encoded at once outside training
-KMEANS_ROWS = 200_000  # more rows do not move 256 centres
+KMEANS_ROWS = 200_000  # of a larger catalogue k-means takes a sample, to bound its time
 RECONSTRUCTION_WEIGHT = 3.0  # against the quantization losses; the codes spread more evenly than at 1
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
-EXAMPLE_PREFIXES, EXAMPLE_ITEMS = 8, 4
+EXAMPLE_PREFIXES, EXAMPLE_ITEMS, LABEL_LENGTH = 8, 4, 90
 CHECKPOINT_KEYS = {"model_state_dict", "config", "step", "epoch", "val_loss"}
 RESUME_KEYS = CHECKPOINT_KEYS | {
     "optimizer_state_dict", "scheduler_state_dict", "random_states", "usage", "best_val_loss", "wandb_run_id",
@@ -100,7 +100,7 @@ class RQVAEConfig:
 
     batch_size: int = HfArg(default=32768, help="Rows in a batch (at most all there are).")
     gradient_accumulation_steps: int = HfArg(default=1, help="Batches in an optimizer step.")
-    num_epochs: int = HfArg(default=20000, help="Passes over the training rows.")
+    num_epochs: int = HfArg(default=20000, help="Passes over the training rows, each less its last, short batch.")
     max_steps: int = HfArg(default=-1, help="Optimizer steps in all, warm-up included; -1 for no limit.")
     max_lr: float = HfArg(default=3e-4, help="Peak learning rate.")
     min_lr: float = HfArg(default=1e-6, help="Learning rate at the end of the cosine.")
@@ -217,16 +217,19 @@ class EmbeddingDataset(Dataset):
             for name in ("parent_asin", "embedding"):
                 if name not in columns:
                     fail(path, f"no column {name} among {', '.join(columns)}", again)
-            label = next((name for name in ("title", "item_context") if name in columns), "parent_asin")
-            wanted = list(dict.fromkeys(["parent_asin", label, "embedding"]))
-            table = pl.read_parquet(path, columns=wanted, n_rows=num_rows)
+            named = [name for name in ("title", "item_context", "parent_asin") if columns.get(name) == pl.String]
+            label = pl.coalesce(pl.col(named).str.slice(0, LABEL_LENGTH)) if named else pl.lit("")
+            table = (
+                pl.scan_parquet(path, n_rows=num_rows)
+                .select("parent_asin", "embedding", label.alias("label"))
+                .collect()
+            )
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
         if table.height == 0:
             fail(path, "no rows", again)
         self.parent_asin = table["parent_asin"]
-        labels = table[label]
-        self.labels = (labels if labels.dtype == pl.String else pl.Series(map(str, labels))).fill_null("")
+        self.labels = table["label"].fill_null("")
         self._check_names(path)
         self.embeddings = self._as_tensor(table["embedding"], path)  # (N, D)
 
@@ -290,7 +293,7 @@ def rotate_to(x: Tensor, code: Tensor) -> Tensor:
     with torch.no_grad():
         e, q = F.normalize(x, dim=-1), F.normalize(code, dim=-1)
         r = F.normalize(e + q, dim=-1)
-        scale = code.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        scale = code.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     rotated = scale * (x - 2 * (x * r).sum(-1, keepdim=True) * r + 2 * (x * e).sum(-1, keepdim=True) * q)
     return code.detach() + (rotated - rotated.detach())
 
@@ -299,7 +302,7 @@ class QuantizerOutput(NamedTuple):
     """One level's answer."""
 
     codes: Tensor  # (B) int64
-    vectors: Tensor  # (B, E) theirs, with the gradient to the codebook alone
+    vectors: Tensor  # (B, E) theirs, without gradient
     codebook_loss: Tensor  # () mean square of sg[x] - code over B and E
     commitment_loss: Tensor  # () mean square of x - sg[code], without its weight beta
 
@@ -322,14 +325,14 @@ class VectorQuantizer(nn.Module):
         vectors = self.codebook[codes]  # (B, E)
         return QuantizerOutput(
             codes=codes,
-            vectors=vectors,
+            vectors=vectors.detach(),
             codebook_loss=F.mse_loss(vectors, x.detach()),
             commitment_loss=F.mse_loss(x, vectors.detach()),
         )
 
     @torch.no_grad()
-    def set_codes(self, which: Tensor, vectors: Tensor) -> None:
-        """Puts the codes of these indices at these vectors: which (M), vectors (M, E)."""
+    def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
+        """Puts codes at vectors: which (M) indices, vectors (M, E), items (M) a step that each stands for."""
         self.codebook[which] = vectors
 
     def end_step(self) -> None:
@@ -363,10 +366,10 @@ class EMAVectorQuantizer(VectorQuantizer):
         return output
 
     @torch.no_grad()
-    def set_codes(self, which: Tensor, vectors: Tensor) -> None:
-        super().set_codes(which, vectors)
-        self.ema_counts[which] = 1.0
-        self.ema_sums[which] = vectors
+    def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
+        super().set_codes(which, vectors, items)
+        self.ema_counts[which] = items
+        self.ema_sums[which] = vectors * items.unsqueeze(1)
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -457,9 +460,9 @@ class RQVAE(nn.Module):
             if before_level:
                 before_level(level, residuals.detach())
             outputs.append(quantizer(residuals))
-            residuals = residuals - outputs[-1].vectors.detach()
+            residuals = residuals - outputs[-1].vectors
         return Quantized(
-            vectors=self.estimator(latents, sum(output.vectors.detach() for output in outputs)),
+            vectors=self.estimator(latents, sum(output.vectors for output in outputs)),
             codes=torch.stack([output.codes for output in outputs], dim=1),
             codebook_losses=torch.stack([output.codebook_loss for output in outputs]),
             commitment_losses=torch.stack([output.commitment_loss for output in outputs]),
@@ -498,7 +501,7 @@ class RQVAE(nn.Module):
 
 
 def fit_standardisation(model: RQVAE, embeddings: Tensor) -> None:
-    """Sets the model's mean vector and scale so that embeddings (N, D) have unit variance a dimension."""
+    """Sets the model's mean vector and scale that give embeddings (N, D) variance 1, on average over D."""
     model.input_mean.copy_(embeddings.mean(0))
     variance = embeddings.var(0, correction=0).mean()
     model.input_scale.copy_(variance.sqrt() if variance > 0 else torch.ones(()))
@@ -521,26 +524,27 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_codebooks(model: RQVAE, latents: Tensor, seed: int) -> None:
-    """k-means of each level's residuals, one level after the other: latents (N, E)."""
+def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int) -> None:
+    """k-means of each level's residuals, one level after the other: latents (M, E)."""
 
     def fit(level: int, residuals: Tensor) -> None:
         quantizer = model.quantizers[level]
         size = len(quantizer.codebook)
         kmeans = KMeans(size, n_init=1, random_state=seed + level).fit(residuals.cpu().numpy())
         centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
-        quantizer.set_codes(torch.arange(size, device=residuals.device), centres)
+        share = torch.from_numpy(np.bincount(kmeans.labels_, minlength=size) / len(residuals)).to(centres)  # (K)
+        quantizer.set_codes(torch.arange(size, device=residuals.device), centres, share * rows_per_step)
 
     model.quantize(latents, before_level=fit)
 
 
-def start_quantizing(model: RQVAE, x: Tensor, optimizer: torch.optim.Optimizer, seed: int) -> None:
+def start_quantizing(model: RQVAE, x: Tensor, optimizer: torch.optim.Optimizer, rows_per_step: int, seed: int) -> None:
     """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D)."""
     with torch.no_grad():
         latents = torch.cat([model.encode(part) for part in x.split(ROWS_PER_PASS)])
     if not latents.isfinite().all():
         diverged("latents became NaN or infinite before k-means")
-    init_codebooks(model, rescale_latents(model, latents), seed)
+    init_codebooks(model, rescale_latents(model, latents), rows_per_step, seed)
     optimizer.state.clear()  # moments of the weights before the rescaling
 
 
@@ -553,17 +557,15 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizer: torch.optim.O
         which = unused[level].nonzero().squeeze(1).to(residuals.device)  # (M)
         if len(which) == 0:
             return
-        rows = torch.randint(len(residuals), (len(which),), device=residuals.device)
+        rows = torch.randperm(len(residuals), device=residuals.device).repeat(1 + len(which) // len(residuals))
         codebook = model.quantizers[level].codebook
-        model.quantizers[level].set_codes(which, residuals[rows])
+        model.quantizers[level].set_codes(which, residuals[rows[: len(which)]], torch.ones_like(codebook[which, 0]))
         for moments in optimizer.state.get(codebook, {}).values():
             if moments.shape == codebook.shape:  # Adam's two; its step count is one number for all codes
                 moments[which] = 0
 
     if unused.any():
-        model.eval()  # so that this walk counts for no average
         model.quantize(model.encode(x), before_level=revive)
-        model.train()
     return int(unused.sum())
 
 
@@ -583,7 +585,12 @@ class CodeStatistics(NamedTuple):
 def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
     counts = torch.stack([torch.bincount(level, minlength=codebook_size) for level in codes.T]).cpu()  # (L, K)
     share = counts.double() / len(codes)
-    _, sizes = torch.unique(codes, dim=0, return_counts=True)
+    levels = codes.shape[1]
+    if codebook_size**levels < 2**63:  # one number an ID: several times faster to sort than rows
+        weights = torch.tensor([codebook_size**level for level in range(levels)], device=codes.device)
+        _, sizes = torch.unique((codes * weights).sum(1), return_counts=True)
+    else:
+        _, sizes = torch.unique(codes, dim=0, return_counts=True)
     return CodeStatistics(
         usage=(counts > 0).double().mean(1).tolist(),
         perplexity=torch.special.entr(share).sum(1).exp().tolist(),
@@ -594,11 +601,12 @@ def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
 
 
 @torch.inference_mode()
-def encode_catalogue(model: RQVAE, embeddings: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Latents (N, E) and codes (N, L) of embeddings (N, D), and the mean norm of the last residual."""
+def encode_catalogue(model: RQVAE, embeddings: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+    """Latents (N, E) and codes (N, L) of embeddings (N, D), in `order` (N), and the mean norm of the last residual."""
+    order = torch.arange(len(embeddings), device=embeddings.device) if order is None else order
     parts = []
-    for x in embeddings.split(ROWS_PER_PASS):
-        latents = model.encode(x.to(model.input_mean.device)).float()
+    for rows in order.split(ROWS_PER_PASS):
+        latents = model.encode(embeddings[rows].to(model.input_mean.device)).float()
         quantized = model.quantize(latents)
         parts.append((latents, quantized.codes, quantized.residuals.norm(dim=1)))
     latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -691,7 +699,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, pl.exceptions.PolarsError) as error:  # torch and polars raise their own
+    except (OSError, pl.exceptions.ComputeError) as error:  # polars' own for a full disk
         trouble = f"cannot be written ({first_line(error)})"
         fail(path, trouble, "make room or set the rights there, or choose another folder")
     finally:
@@ -744,7 +752,10 @@ def save_checkpoint(path: Path, model: RQVAE, step: int, epoch: int, val_loss: f
         "val_loss": val_loss,
     }
     with replacing(path) as temporary:
-        torch.save(checkpoint | training, temporary)
+        try:
+            torch.save(checkpoint | training, temporary)
+        except RuntimeError as error:  # its own for a full disk
+            raise OSError(first_line(error)) from error
 
 
 # ---------------------------------------------------------------- distinct IDs
@@ -753,7 +764,7 @@ def save_checkpoint(path: Path, model: RQVAE, step: int, epoch: int, val_loss: f
 def group_rows(keys: np.ndarray) -> list[np.ndarray]:
     """Rows (N) that share a key, one array a group, rows in order."""
     order = np.argsort(keys, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1) if len(keys) else []
 
 
 def prefix_keys(codes: np.ndarray, level: int) -> np.ndarray:
@@ -769,16 +780,20 @@ def squared_distances(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return (x**2).sum(1, keepdims=True) + (codebook**2).sum(1) - 2 * x @ codebook.T
 
 
-def spill(codes: np.ndarray, cost: np.ndarray, capacity: int) -> np.ndarray:
-    """Moves items off codes that more than `capacity` share, those that lose least first: codes (n), cost (n, K)."""
+def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, capacity: int) -> np.ndarray:
+    """Moves items off codes that more than `capacity` share to the nearest with room, those that lose least first.
+
+    codes (n), residuals (n, E), codebook (K, E) -> codes (n).
+    """
     codes = codes.copy()
-    counts = np.bincount(codes, minlength=cost.shape[1])  # (K)
+    counts = np.bincount(codes, minlength=len(codebook))  # (K)
     while counts.max() > capacity:
         full = counts.argmax()
-        members = np.flatnonzero(codes == full)
-        open_cost = np.where(counts < capacity, cost[members], np.inf)
+        members = np.flatnonzero(codes == full)  # (m)
+        cost = squared_distances(residuals[members], codebook)  # (m, K)
+        open_cost = np.where(counts < capacity, cost, np.inf)
         target = open_cost.argmin(1)
-        loss = open_cost.min(1) - cost[members, full]
+        loss = open_cost.min(1) - cost[:, full]
         for i in np.argsort(loss, kind="stable")[: counts[full] - capacity]:
             if counts[target[i]] < capacity:  # else it was filled just now: the next round looks elsewhere
                 codes[members[i]] = target[i]
@@ -794,21 +809,24 @@ def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarra
     (scipy.optimize.linear_sum_assignment). Only prefixes with collisions change. Needs N <= K^L.
     """
     codes, (levels, size, _) = codes.copy(), codebooks.shape
+    assert len(codes) <= size**levels, "more items than IDs"
     for level in range(levels):
         capacity = size ** (levels - 1 - level)  # IDs below each code of this level
-        _, group, counts = np.unique(prefix_keys(codes, level + 1), return_inverse=True, return_counts=True)
-        crowded = counts[group] > capacity  # (N)
+        keys = prefix_keys(codes, level + 1)
+        crowded = np.bincount(keys)[keys] > capacity  # (N)
         parents = prefix_keys(codes, level)
-        for rows in group_rows(np.where(np.isin(parents, parents[crowded]), parents, -1)):
-            if not crowded[rows].any():  # the prefixes left alone, in one group
-                continue
+        affected = np.flatnonzero(np.isin(parents, parents[crowded]))
+        for rows in group_rows(parents[affected]):
+            rows = affected[rows]
             above = sum(codebooks[above][codes[rows, above]] for above in range(level))
             residuals = latents[rows] - above  # (n, E)
-            cost = squared_distances(residuals, codebooks[level])  # (n, K)
             if level == levels - 1:
-                codes[rows, level] = linear_sum_assignment(cost)[1]
+                codes[rows, level] = linear_sum_assignment(squared_distances(residuals, codebooks[level]))[1]
                 continue
-            codes[rows, level] = spill(codes[rows, level], cost, capacity)
+            target = spill(codes[rows, level], residuals, codebooks[level], capacity)
+            moved = target != codes[rows, level]
+            rows, residuals = rows[moved], residuals[moved]
+            codes[rows, level] = target[moved]
             for below in range(level + 1, levels):
                 residuals = residuals - codebooks[below - 1][codes[rows, below - 1]]
                 codes[rows, below] = squared_distances(residuals, codebooks[below]).argmin(1)
@@ -817,9 +835,11 @@ def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarra
 
 def count_within(codes: np.ndarray) -> np.ndarray:
     """TIGER's suffix (section 3.1): codes (N, L) and a number that counts the items of equal codes, (N, L + 1)."""
-    suffix = np.zeros(len(codes), dtype=codes.dtype)
-    for rows in group_rows(prefix_keys(codes, codes.shape[1])):
-        suffix[rows] = np.arange(len(rows))
+    keys = prefix_keys(codes, codes.shape[1])
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=-1))  # places in order where a group begins
+    suffix = np.empty_like(keys)
+    suffix[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
     return np.column_stack([codes, suffix])
 
 
@@ -869,7 +889,9 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
     autoencoder.
     """
     if mixing:
-        share = torch.distributions.Beta(mixing, mixing).sample((len(x), 1)).to(x)
+        drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS cannot draw from Beta
+        alpha = torch.tensor(mixing, device=drawn_on)
+        share = torch.distributions.Beta(alpha, alpha).sample((len(x), 1)).to(x)  # (B, 1)
         centred = x - model.input_mean
         mixed = share * centred + (1 - share) * centred.roll(1, dims=0)
         x = model.input_mean + mixed / (share.square() + (1 - share).square()).sqrt()
@@ -965,6 +987,8 @@ def random_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     return states
 
 
@@ -972,6 +996,16 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"].cpu())
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"].cpu())
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"].cpu())
+
+
+def holds_best(path: Path, val_loss: float) -> bool:
+    """Whether best_model.pth is the one of this validation loss, and not gone, damaged or another run's."""
+    try:
+        return load_whole(path, "cpu", CHECKPOINT_KEYS)["val_loss"] == val_loss
+    except ValueError:
+        return False
 
 
 def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
@@ -986,17 +1020,20 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     levels, size = config.codebook_quantization_levels, config.codebook_size
     usage = torch.zeros(levels, size, dtype=torch.int64, device=device)  # (L, K) since the last reset
     optimizer = torch.optim.Adam(model.parameters(), lr=config.max_lr, betas=ADAM_BETAS)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate(step, plan.total_steps, config) / config.max_lr
-    )
+    rate_factor = lambda step: learning_rate(step, plan.total_steps, config) / config.max_lr  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
     start, best, metrics = 0, math.inf, {}
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
         scheduler.load_state_dict(resumed["scheduler_state_dict"])
-        restore_random_states(resumed["random_states"])
         usage.copy_(resumed["usage"])
-        start, best, metrics = resumed["step"], resumed["best_val_loss"], resumed["metrics"]
+        start, metrics = resumed["step"], resumed["metrics"]
+        if holds_best(folder / "best_model.pth", resumed["best_val_loss"]):
+            best = resumed["best_val_loss"]
+        for group in optimizer.param_groups:  # another number of steps makes another schedule
+            group["lr"] = config.max_lr * rate_factor(start)
+        restore_random_states(resumed["random_states"])  # last: building a model draws from them
     else:
         fit_standardisation(model, embeddings[train_rows])
 
@@ -1021,7 +1058,9 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 order, order_epoch = shuffled(train_rows, epoch, config.seed), epoch
             rows = order[place * plan.rows_per_step : (place + 1) * plan.rows_per_step]
             if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
-                start_quantizing(model, embeddings[train_rows[:KMEANS_ROWS]], optimizer, config.seed)
+                start_quantizing(
+                    model, embeddings[train_rows[:KMEANS_ROWS]], optimizer, plan.rows_per_step, config.seed
+                )
             quantize = step > plan.autoencoder_steps
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
             result = train_step(model, optimizer, embeddings, rows, noise, quantize)
@@ -1030,11 +1069,13 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             if quantize:
                 usage.scatter_add_(1, result.codes.T, torch.ones_like(result.codes.T))
                 early = step <= LAST_RESET * plan.total_steps
-                if config.reset_unused_codes and early and step % config.steps_per_codebook_reset == 0:
+                due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
+                if config.reset_unused_codes and early and due:
                     reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizer)
                     usage.zero_()
 
-            if step % config.steps_per_train_log == 0:
+            validating = quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps)
+            if validating or step % config.steps_per_train_log == 0:
                 logged = step_metrics(step, result, config)
                 now = time.perf_counter()
                 logged["train/learning_rate"] = rate
@@ -1043,7 +1084,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 run.log(logged, step=step)
                 metrics |= logged
                 bar.set_postfix_str(f"loss {logged['train/total_loss']:.4g}, lr {rate:.2e}")
-            if quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps):
+            if validating:
                 measured = validate(model, embeddings, val_rows)
                 run.log(measured, step=step)
                 metrics |= measured
@@ -1052,6 +1093,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                     best = measured["val/total_loss"]
                     save("best_model.pth", step)
                 bar.write(progress_line(step, metrics, config) + ("  best" if better else ""))
+                last_log, last_time = step, time.perf_counter()  # items a second are those of training alone
             if step % config.steps_per_checkpoint == 0:
                 save_numbered(step)
             bar.update()
@@ -1067,9 +1109,9 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
 # ---------------------------------------------------------------- export and report
 
 
-def level_table(before: CodeStatistics) -> str:
+def level_table(statistics: CodeStatistics) -> str:
     rows = [f"{'level':>5}  {'codes used':>10}  {'perplexity':>10}"]
-    for level, (usage, perplexity) in enumerate(zip(before.usage, before.perplexity, strict=True)):
+    for level, (usage, perplexity) in enumerate(zip(statistics.usage, statistics.perplexity, strict=True)):
         rows.append(f"{level:>5}  {usage:>10.1%}  {perplexity:>10.1f}")
     return "\n".join(rows)
 
@@ -1085,8 +1127,7 @@ def example_prefixes(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> st
         shown = rows[np.lexsort((second, -common))][:EXAMPLE_ITEMS]
         lines.append(f"{codes[rows[0], 0]}-  ({len(rows)} items)")
         for row in shown.tolist():
-            label = " ".join(labels[row].split())
-            lines.append(f"    {ids[row]:<14} {label[:90]}{'…' if len(label) > 90 else ''}")
+            lines.append(f"    {ids[row]:<14} {' '.join(labels[row].split())}")
     return "\n".join(lines)
 
 
@@ -1094,7 +1135,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, path: P
     """Encodes the whole catalogue, makes the IDs distinct, writes them in input order and prints the report."""
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
-    latents, found, residual_norm = encode_catalogue(model, dataset.embeddings[torch.from_numpy(order)])
+    latents, found, residual_norm = encode_catalogue(model, dataset.embeddings, torch.from_numpy(order))
     codes = found.cpu().numpy()
     if config.collisions == "assign":
         codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])
@@ -1108,12 +1149,13 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, path: P
         pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(codes.T)
     )
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
+    distinct = table["semantic_id"].n_unique() / len(table)
+    assert distinct == 1 or config.collisions == "keep", "two items have one ID"
     with replacing(path) as temporary:
         table.write_parquet(temporary)
 
     levels, size = model.config.codebook_quantization_levels, model.config.codebook_size
     statistics = code_statistics(torch.from_numpy(before), size)
-    distinct = table["semantic_id"].n_unique() / len(table)
     unexplained, cosine = reconstruction_quality(model, dataset.embeddings, torch.from_numpy(before).to(found.device))
     after = torch.from_numpy(codes[:, :levels]).to(found.device)
     unexplained_after, cosine_after = reconstruction_quality(model, dataset.embeddings, after)
@@ -1125,9 +1167,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, path: P
     print(f"unexplained variance: {unexplained:.4f} as encoded, {unexplained_after:.4f} as written")
     print(f"mean cosine of the reconstruction: {cosine:.4f} as encoded, {cosine_after:.4f} as written")
     print(f"mean norm of the last residual: {residual_norm:.3f}")
-    print(
-        f"\nitems of {EXAMPLE_PREFIXES} first codes:\n{example_prefixes(codes, table['semantic_id'], dataset.labels)}"
-    )
+    print(f"\nsome first codes and their items:\n{example_prefixes(codes, table['semantic_id'], dataset.labels)}")
     print(f"\nwrote {path}: {len(table):,} items, {distinct:.2%} distinct IDs")
 
 
@@ -1179,19 +1219,22 @@ def upload_best(run, path: Path, config: RQVAEConfig) -> None:
         "config": best["config"],
     }
     artifact = wandb.Artifact(f"rqvae-{re.sub(r'[^A-Za-z0-9_.-]', '-', config.category)}", "model", metadata=metadata)
-    artifact.add_file(str(path))
-    run.log_artifact(artifact)
+    try:
+        artifact.add_file(str(path))
+        run.log_artifact(artifact)
+    except (wandb.errors.Error, OSError) as error:  # the IDs and the model are safe on this disk
+        warn(f"W&B did not take {path} ({first_line(error)}): upload it by hand")
 
 
 # ---------------------------------------------------------------- main
 
 
-def check_sizes(dataset: EmbeddingDataset, source: Path, config: RQVAEConfig) -> None:
-    """Ends the run where these items cannot be given these IDs."""
-    n, ids = len(dataset), config.codebook_size**config.codebook_quantization_levels
-    if config.collisions == "assign" and n > ids:
-        trouble = f"{n:,} items, but only {ids:,} IDs with {config.codebook_quantization_levels} levels"
-        fail(source, trouble + f" of {config.codebook_size} codes", "use more levels or codes, or --collisions suffix")
+def check_sizes(n: int, source: Path, shape: RQVAEConfig, collisions: str) -> None:
+    """Ends the run where n items cannot all have IDs of this shape."""
+    levels, size = shape.codebook_quantization_levels, shape.codebook_size
+    if collisions == "assign" and n > size**levels:
+        trouble = f"{n:,} items, but only {size**levels:,} IDs with {levels} levels of {size} codes"
+        fail(source, trouble, "use more levels or codes, or --collisions suffix")
 
 
 def check_plan(plan: Plan, source: Path, config: RQVAEConfig) -> None:
@@ -1238,9 +1281,10 @@ def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
 
 
 def data_digest(embeddings: Tensor) -> str:
-    """Tells one set of embeddings (N, D) from another, by their shape and about a thousand rows."""
-    rows = embeddings[:: max(1, len(embeddings) // 1000)].contiguous()
-    return hashlib.sha256(str(tuple(embeddings.shape)).encode() + rows.numpy().tobytes()).hexdigest()
+    """Tells one set of embeddings (N, D) from another: SHA-256 of its shape and numbers."""
+    digest = hashlib.sha256(str(tuple(embeddings.shape)).encode())
+    digest.update(embeddings.contiguous().numpy())
+    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1254,13 +1298,13 @@ def main(argv: list[str] | None = None) -> int:
     device, why = choose_device(config.device)
     dataset = EmbeddingDataset(source, config.num_rows)
     n, dim = dataset.embeddings.shape
-    check_sizes(dataset, source, config)
     print(f"{n:,} items of {dim} dimensions from {source}")
     print(f"device {device} ({why}), dtype float32")
 
     if config.export_only:
         model = load_model(best_path, device)
         check_model(best_path, model.config, config, dim)
+        check_sizes(n, source, model.config, config.collisions)
         export(model, dataset, config, target)
         return 0
 
@@ -1268,12 +1312,14 @@ def main(argv: list[str] | None = None) -> int:
         trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
         fail(source, trouble, f"leave --item_embedding_dim out, or embed with --target_dim {config.item_embedding_dim}")
     config.item_embedding_dim = dim
+    check_sizes(n, source, config, config.collisions)
     plan = plan_training(n, config)
     check_plan(plan, source, config)
-    resumed = find_resumed(folder, config, data_digest(dataset.embeddings)) if config.resume else None
-
+    data = data_digest(dataset.embeddings)
+    resumed = find_resumed(folder, config, data) if config.resume else None
     if resumed:  # by default these follow from the number of steps, which may be another now
         plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
+        check_plan(plan, source, config)
     torch.manual_seed(config.seed)
     model = RQVAE(config).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -1288,17 +1334,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     run = start_wandb(config, asdict(config), resumed["wandb_run_id"] if resumed else None)
     embeddings = dataset.embeddings.to(device)
-    finished, best = train(model, embeddings, plan, data_digest(dataset.embeddings), resumed, run)
+    finished, best = train(model, embeddings, plan, data, resumed, run)
+    if finished:
+        export(load_model(best_path, device), dataset, config, target)
     if math.isfinite(best):  # else best_model.pth, if there is one, is of an earlier run
         upload_best(run, best_path, config)
+    run.finish()
     if not finished:
-        run.finish()
         print(f"interrupted: saved in {folder}; go on with the same command and --resume", file=sys.stderr)
         return 130
-    export(load_model(best_path, device), dataset, config, target)
-    run.finish()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted: files written so far are whole", file=sys.stderr)
+        sys.exit(130)

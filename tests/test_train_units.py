@@ -61,7 +61,7 @@ def started_model(x: Tensor, **changes) -> RQVAE:
     """A model whose codebooks come from k-means, as in training."""
     model = RQVAE(tiny_config(**changes))
     train_rqvae.fit_standardisation(model, x)
-    train_rqvae.start_quantizing(model, x, torch.optim.Adam(model.parameters()), seed=0)
+    train_rqvae.start_quantizing(model, x, torch.optim.Adam(model.parameters()), rows_per_step=64, seed=0)
     for quantizer in model.quantizers:  # what k-means counted is not what these tests are about
         if isinstance(quantizer, EMAVectorQuantizer):
             quantizer.step_counts.zero_()
@@ -214,7 +214,7 @@ def test_ema_codebook_of_two_half_batches_is_that_of_the_whole():
 
 def test_ema_codes_without_items_keep_their_place():
     quantizer = EMAVectorQuantizer(4, 2, ema_decay=0.9)
-    quantizer.set_codes(torch.arange(4), torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]]))
+    quantizer.set_codes(torch.arange(4), torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]]), torch.ones(4))
     for _ in range(500):
         quantizer(torch.full((8, 2), 1.0))
         quantizer.end_step()
@@ -234,7 +234,7 @@ def test_ema_counts_nothing_outside_training():
     "look",
     [
         lambda model, x: model.encode_to_semantic_ids(x),
-        lambda model, x: train_rqvae.init_codebooks(model, model.encode(x).detach(), seed=0),
+        lambda model, x: train_rqvae.init_codebooks(model, model.encode(x).detach(), 64, seed=0),
     ],
     ids=["encode_to_semantic_ids", "init_codebooks"],
 )
@@ -282,7 +282,7 @@ def test_walk_can_change_a_codebook_just_before_it_is_used():
 
     def zero(level, residuals):
         seen.append((level, residuals.clone()))
-        model.quantizers[level].set_codes(torch.arange(SIZE), torch.zeros(SIZE, LATENT))
+        model.quantizers[level].set_codes(torch.arange(SIZE), torch.zeros(SIZE, LATENT), torch.ones(SIZE))
 
     latents = torch.randn(10, LATENT)
     quantized = model.quantize(latents, before_level=zero)
@@ -432,7 +432,7 @@ def test_rescaling_latents_leaves_the_autoencoder_as_it_was():
 @pytest.mark.parametrize("ema", [False, True])
 def test_codebooks_start_at_the_k_means_centres_of_each_levels_residuals(ema):
     model, latents = RQVAE(tiny_config(use_ema_vq=ema)), torch.randn(200, LATENT)
-    train_rqvae.init_codebooks(model, latents, seed=5)
+    train_rqvae.init_codebooks(model, latents, rows_per_step=64, seed=5)
     left = latents.numpy()
     for level, quantizer in enumerate(model.quantizers):
         kmeans = KMeans(SIZE, n_init=1, random_state=5 + level).fit(left)
@@ -442,8 +442,9 @@ def test_codebooks_start_at_the_k_means_centres_of_each_levels_residuals(ema):
         centres = np.stack([left[codes == code].mean(0) for code in range(SIZE)])
         assert np.allclose(codebook, centres, atol=0.2)  # each code is the middle of its items
         if ema:
-            assert torch.equal(quantizer.ema_counts, torch.ones(SIZE))
-            assert torch.equal(quantizer.ema_sums, quantizer.codebook)
+            a_step = np.bincount(kmeans.labels_, minlength=SIZE) * 64 / 200  # items of each code in a step of 64
+            assert np.allclose(quantizer.ema_counts, a_step, rtol=1e-5)
+            assert torch.allclose(quantizer.ema_sums, quantizer.codebook * quantizer.ema_counts[:, None])
         left = left - codebook[codes]
 
 
@@ -453,7 +454,7 @@ def test_start_of_quantizing_keeps_the_function_and_forgets_the_moments():
     model(x, quantize=False).total.backward()
     optimizer.step()
     before = model.decode(model.encode(x)).detach()
-    train_rqvae.start_quantizing(model, x, optimizer, seed=0)
+    train_rqvae.start_quantizing(model, x, optimizer, rows_per_step=64, seed=0)
     assert torch.allclose(model.decode(model.encode(x)), before, atol=1e-4)
     assert not optimizer.state
     counts = train_rqvae.code_statistics(model.encode_to_semantic_ids(x), SIZE)
@@ -923,13 +924,13 @@ def test_dataset_is_the_file_bit_for_bit(tmp_path, kind):
     assert torch.equal(dataset.embeddings, x)
     assert torch.equal(dataset[torch.tensor([3, 5])], x[[3, 5]])
     assert dataset.parent_asin.to_list() == [f"B{row:03}" for row in range(20)]
-    assert dataset.labels.to_list() == ["title"] * 19 + [""]
+    assert dataset.labels.to_list() == ["title"] * 19 + ["text"]
     assert torch.equal(train_rqvae.EmbeddingDataset(tmp_path / "a.parquet", num_rows=7).embeddings, x[:7])
 
 
 @pytest.mark.parametrize(
     ("columns", "label"),
-    [({"item_context": ["text"] * 5}, "text"), ({"title": [7] * 5}, "7"), ({}, "B000")],
+    [({"item_context": ["text"] * 5}, "text"), ({"title": [7] * 5}, "B000"), ({}, "B000")],
     ids=["no title", "a number as title", "no text at all"],
 )
 def test_labels_are_the_best_text_there_is(tmp_path, columns, label):
@@ -972,8 +973,8 @@ def test_a_file_half_written_never_takes_the_place_of_a_whole_one(tmp_path, trou
 
 
 def test_digest_tells_other_embeddings_apart():
-    x = clusters()
+    x = clusters(3001)  # any item counts, of more than a sample would see
     other = x.clone()
-    other[17, 3] += 1e-6
+    other[1717, 3] += 1e-6
     assert train_rqvae.data_digest(x) == train_rqvae.data_digest(x.clone())
     assert len({train_rqvae.data_digest(each) for each in (x, other, x[:-1], x.flip(0), x[:, :-1])}) == 5
