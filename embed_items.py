@@ -13,11 +13,12 @@ Shapes: N items, W the npz's columns, B items in a batch, T tokens in it, H the 
 """
 
 import hashlib
+import logging
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -116,7 +117,7 @@ class Tokens(NamedTuple):
 def read_tokens(path: Path) -> Tokens:
     """Reads the npz, and ends the run where it is missing, damaged or not of this format."""
     again = "run tokenize_items.py again"
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, "not found", "run tokenize_items.py first")
     try:
         with np.load(path, allow_pickle=False) as npz:
@@ -158,7 +159,7 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 def read_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> pl.DataFrame:
     """Reads every column, and ends the run where this is not the catalogue that was tokenized."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, f"not found, though {tokens_path} was made from it", "put the catalogue back")
     try:
         catalogue = pl.read_parquet(path)
@@ -275,7 +276,7 @@ def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.nda
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
-        size = max(1, tokens_per_batch // lengths[order[start]])
+        size = max(1, tokens_per_batch // int(lengths[order[start]]))
         batches.append(order[start : start + size])
         start += size
     return batches
@@ -326,7 +327,8 @@ def replacing(path: Path) -> Iterator[Path]:
         trouble = f"cannot be written ({first_line(error)})"
         fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -338,6 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
     transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
     device, why = choose_device(config.device)
     tokens = read_tokens(tokens_path)
@@ -390,8 +393,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our lines has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -11,10 +11,11 @@ Next: embed_items.py. Shapes: N items, W the longest item's tokens, at most max_
 """
 
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -91,7 +92,7 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, both text, and ends the run where they break the contract."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
     try:
         columns = pl.read_parquet_schema(path)
@@ -230,7 +231,8 @@ def replacing(path: Path) -> Iterator[Path]:
         trouble = f"cannot be written ({first_line(error)})"
         fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -240,6 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
     catalogue = read_catalogue(source)
     tokenizer = load_tokenizer(config.model_name)
     if config.max_length > tokenizer.model_max_length:
@@ -273,8 +276,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
     try:
         main()
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our lines has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -22,6 +22,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 import wandb
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -46,6 +48,7 @@ LIST_FLAGS = "--help lists the flags"
 ROWS_PER_PASS = 32768  # rows encoded at once outside training
 KMEANS_ROWS = 200_000  # of a larger catalogue k-means takes a sample, to bound its time
 RECONSTRUCTION_WEIGHT = 3.0  # against the quantization losses; the codes spread more evenly than at 1
+ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
@@ -210,7 +213,7 @@ class EmbeddingDataset(Dataset):
 
     def __init__(self, path: str | Path, num_rows: int | None = None):
         path, again = Path(path), "run embed_items.py again"
-        if not path.is_file():
+        if not os.path.isfile(path):  # false, too, where it cannot be looked at
             fail(path, "not found", "run embed_items.py first")
         try:
             columns = pl.read_parquet_schema(path)
@@ -504,7 +507,8 @@ def fit_standardisation(model: RQVAE, embeddings: Tensor) -> None:
     """Sets the model's mean vector and scale that give embeddings (N, D) variance 1, on average over D."""
     model.input_mean.copy_(embeddings.mean(0))
     variance = embeddings.var(0, correction=0).mean()
-    model.input_scale.copy_(variance.sqrt() if variance > 0 else torch.ones(()))
+    alike = variance <= ROUNDING * embeddings.square().mean()  # nothing but rounding tells the items apart
+    model.input_scale.copy_(torch.ones(()) if alike else variance.sqrt())
 
 
 @torch.no_grad()
@@ -514,7 +518,8 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
     The encoder's last layer takes the change, and the decoder's first layer its inverse.
     """
     mean = latents.mean(0)
-    scale = (latents - mean).std().clamp_min(1e-12)
+    scale = (latents - mean).std()
+    scale = scale if scale > ROUNDING else torch.ones_like(scale)
     last, first = model.encoder[-1], model.decoder[0]
     last.bias.sub_(mean).div_(scale)
     last.weight.div_(scale)
@@ -530,7 +535,9 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int)
     def fit(level: int, residuals: Tensor) -> None:
         quantizer = model.quantizers[level]
         size = len(quantizer.codebook)
-        kmeans = KMeans(size, n_init=1, random_state=seed + level).fit(residuals.cpu().numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than codes: some stay unused
+            kmeans = KMeans(size, n_init=1, random_state=seed + level).fit(residuals.cpu().numpy())
         centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
         share = torch.from_numpy(np.bincount(kmeans.labels_, minlength=size) / len(residuals)).to(centres)  # (K)
         quantizer.set_codes(torch.arange(size, device=residuals.device), centres, share * rows_per_step)
@@ -616,14 +623,15 @@ def encode_catalogue(model: RQVAE, embeddings: Tensor, order: Tensor | None = No
 @torch.inference_mode()
 def reconstruction_quality(model: RQVAE, embeddings: Tensor, codes: Tensor) -> tuple[float, float]:
     """Unexplained variance, sum |x - x^|^2 / sum |x - mean|^2, and mean cosine: embeddings (N, D), codes (N, L)."""
-    error = spread = cosine = 0.0
+    error = spread = square = cosine = 0.0
     mean = embeddings.mean(0).to(codes.device)
     for x, ids in zip(embeddings.split(ROWS_PER_PASS), codes.split(ROWS_PER_PASS), strict=True):
         x, decoded = x.to(codes.device), model.decode_from_semantic_ids(ids)
         error += (x - decoded).square().sum().item()
         spread += (x - mean).square().sum().item()
+        square += x.square().sum().item()
         cosine += F.cosine_similarity(x, decoded).sum().item()
-    return error / spread if spread else 0.0, cosine / len(codes)
+    return error / spread if spread > ROUNDING * square else math.nan, cosine / len(codes)
 
 
 def loss_terms(losses: Losses, config: RQVAEConfig) -> Tensor:
@@ -726,7 +734,7 @@ def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> dict:
 
 def read_checkpoint(path: Path, device: torch.device | str) -> dict:
     """The dict of a .pth that this script wrote; ends the run where it is missing or damaged."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, "not found", "train first, or name another --checkpoint_dir")
     try:
         return load_whole(path, device, CHECKPOINT_KEYS)
@@ -1000,12 +1008,15 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
         torch.mps.set_rng_state(states["mps"].cpu())
 
 
-def holds_best(path: Path, val_loss: float) -> bool:
-    """Whether best_model.pth is the one of this validation loss, and not gone, damaged or another run's."""
+def holds_best(path: Path, resumed: dict) -> bool:
+    """Whether best_model.pth is of the run to be resumed: not gone, damaged or left by another run."""
     try:
-        return load_whole(path, "cpu", CHECKPOINT_KEYS)["val_loss"] == val_loss
+        best = load_whole(path, "cpu", CHECKPOINT_KEYS | {"data"})
     except ValueError:
         return False
+    same_flags = all(best["config"].get(name) == value for name, value in resumed["config"].items()
+                     if name not in FREE_FIELDS)  # fmt: skip
+    return same_flags and best["data"] == resumed["data"] and best["val_loss"] <= resumed["best_val_loss"]
 
 
 def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
@@ -1029,7 +1040,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
         scheduler.load_state_dict(resumed["scheduler_state_dict"])
         usage.copy_(resumed["usage"])
         start, metrics = resumed["step"], resumed["metrics"]
-        if holds_best(folder / "best_model.pth", resumed["best_val_loss"]):
+        if holds_best(folder / "best_model.pth", resumed):
             best = resumed["best_val_loss"]
         for group in optimizer.param_groups:  # another number of steps makes another schedule
             group["lr"] = config.max_lr * rate_factor(start)
@@ -1102,7 +1113,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 return False, best
     if not math.isfinite(best):
         diverged("no validation loss was finite")
-    save("final_model.pth", plan.total_steps)
+    if start < plan.total_steps:
+        save("final_model.pth", plan.total_steps)
     return True, best
 
 
@@ -1181,7 +1193,7 @@ def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
     options = {
         "project": config.wandb_project,
         "config": values,
-        "dir": config.checkpoint_dir,
+        "dir": os.environ.get("WANDB_DIR", config.checkpoint_dir),
         "id": run_id,
         "resume": "allow" if run_id else None,
     }
@@ -1252,6 +1264,8 @@ def check_model(path: Path, trained: RQVAEConfig, config: RQVAEConfig, dim: int)
     if trained.item_embedding_dim != dim:
         trouble = f"a model of {trained.item_embedding_dim}-dimensional embeddings, and these have {dim}"
         fail(path, trouble, "embed with the same model and --target_dim, or train again")
+    if trained.category != config.category:
+        warn(f"{path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     default = RQVAEConfig()
     for name in MODEL_FIELDS:
         asked = getattr(config, name)
@@ -1261,7 +1275,8 @@ def check_model(path: Path, trained: RQVAEConfig, config: RQVAEConfig, dim: int)
 
 def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
     """The newest numbered checkpoint that is whole, if it belongs to this command; a damaged one is passed over."""
-    paths = sorted(folder.glob("checkpoint_step_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    paths = [path for path in folder.glob("checkpoint_step_*.pth") if path.is_file()]
+    paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in paths:
         try:
             checkpoint = load_whole(path, "cpu", RESUME_KEYS)
@@ -1320,6 +1335,10 @@ def main(argv: list[str] | None = None) -> int:
     if resumed:  # by default these follow from the number of steps, which may be another now
         plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_plan(plan, source, config)
+        if resumed["step"] >= plan.total_steps:
+            print(f"nothing left to train: {resumed['step']} of {plan.total_steps} steps are done")
+            if not holds_best(best_path, resumed):
+                fail(best_path, "gone, or another run's", "train again without --resume")
     torch.manual_seed(config.seed)
     model = RQVAE(config).to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -1347,8 +1366,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         print("interrupted: files written so far are whole", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our lines has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -5,13 +5,13 @@ import os
 import pickle
 import pty
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1152,14 +1152,6 @@ def test_a_model_of_another_dimension_is_not_exported(copy, refused):
 # ---------------------------------------------------------------- disks and numbers that run out
 
 
-@pytest.fixture
-def small_files():
-    """From `small_files(size)` on, no file may grow past `size` bytes: writes fail in their middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_that_python_sees_is_refused(copy, refused, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -1172,9 +1164,9 @@ def test_a_full_disk_that_python_sees_is_refused(copy, refused, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [0, 3000, 15_000, 30_000])
-def test_a_full_disk_under_a_checkpoint_is_refused(copy, refused, small_files, size):
-    small_files(size)  # 30,000 is room for best_model.pth, and not for a numbered checkpoint
-    line = refused(copy, files_stay=size < 20_000)
+def test_a_full_disk_under_a_checkpoint_is_refused(copy, refused, full_disk, size):
+    # 30,000 is room for best_model.pth, and not for a numbered checkpoint
+    line = full_disk(partial(refused, copy, files_stay=size < 20_000), limit=size)
     assert str(checkpoints(copy)) in line
     assert "make room" in line
     for path in checkpoints(copy).glob("*.pth"):
@@ -1182,9 +1174,8 @@ def test_a_full_disk_under_a_checkpoint_is_refused(copy, refused, small_files, s
     assert not list(checkpoints(copy).glob(".*"))
 
 
-def test_a_full_disk_under_the_ids_is_refused(copy, refused, small_files):
-    small_files(300)
-    line = refused(copy, "--export_only")
+def test_a_full_disk_under_the_ids_is_refused(copy, refused, full_disk):
+    line = full_disk(refused, copy, "--export_only", limit=300)
     assert str(copy / "data" / "Tiny_semantic_ids.parquet") in line
     assert "make room" in line
 
@@ -1221,3 +1212,36 @@ def test_training_on_a_gpu_ends_where_training_on_a_cpu_does(tmp_path, ema):
         losses[device] = load(folder, "best_model")["val_loss"]
         assert ids_of(folder)["semantic_id"].is_unique().all()
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0.1)  # other random numbers, other rounding
+
+
+# ---------------------------------------------------------------- runs that come after others
+
+
+def test_resuming_a_finished_run_without_its_best_model_is_refused(copy, refused):
+    best = checkpoints(copy) / "best_model.pth"
+    best.unlink()
+    line = refused(copy, "--resume", max_steps=20)
+    assert str(best) in line
+    assert "without --resume" in line
+
+
+def test_resuming_with_fewer_steps_than_are_done_leaves_the_final_model(copy, capsys):
+    before = load(copy, "final_model")
+    assert run(copy, "--resume", max_steps=20) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+    assert load(copy, "final_model")["step"] == before["step"]
+
+
+def test_exporting_more_items_than_the_model_has_ids_is_refused(tmp_path, refused):
+    flags = {"codebook_size": 4, "codebook_quantization_levels": 2, "steps_per_codebook_reset": 4}
+    assert run(new_folder(tmp_path, catalogue(16)), **flags) == 0
+    catalogue(17).write_parquet(source(tmp_path))
+    line = refused(tmp_path, "--export_only", codebook_size=256, codebook_quantization_levels=3)
+    assert "17 items, but only 16 IDs" in line
+
+
+def test_a_model_of_another_category_is_used_with_a_warning(copy, capsys):
+    shutil.copy(source(copy), copy / "data" / "Other_items_with_embeddings.parquet")
+    assert run(copy, "--export_only", category="Other") == 0
+    assert "was trained on Tiny" in capsys.readouterr().err
+    assert pl.read_parquet(copy / "data" / "Other_semantic_ids.parquet").equals(ids_of(copy))
