@@ -50,6 +50,7 @@ KMEANS_ROWS = 200_000  # of a larger catalogue k-means takes a sample, to bound 
 RECONSTRUCTION_WEIGHT = 3.0  # against the quantization losses; the codes spread more evenly than at 1
 ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
+VAL_LOSS = "val/reconstruction_loss"  # chooses the best model: the vq losses drift with the scale of the latents
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
 EXAMPLE_PREFIXES, EXAMPLE_ITEMS, LABEL_LENGTH = 8, 4, 90
@@ -129,7 +130,9 @@ class RQVAEConfig:
     reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
     steps_per_codebook_reset: int = HfArg(default=50, help="Steps over which a code must be used.")
 
-    val_split: float = HfArg(default=0.05, help="Share of the rows held out to choose the best model.")
+    val_split: float = HfArg(
+        default=0.05, help="Share of the rows held out; the best model is the one that reconstructs them best."
+    )
     steps_per_train_log: int = HfArg(default=50, help="Steps between two logged training losses.")
     steps_per_val_log: int = HfArg(default=250, help="Steps between two validations over the whole catalogue.")
     steps_per_checkpoint: int = HfArg(default=2500, help="Steps between two numbered checkpoints.")
@@ -1050,7 +1053,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
 
     def save(name: str, step: int, **training) -> None:
         epoch = step // plan.steps_per_epoch
-        save_checkpoint(folder / name, model, step, epoch, metrics.get("val/total_loss", math.inf), **training,
+        save_checkpoint(folder / name, model, step, epoch, metrics.get(VAL_LOSS, math.inf), **training,
                         metrics=metrics, data=data)  # fmt: skip
 
     def save_numbered(step: int) -> None:
@@ -1099,9 +1102,9 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 measured = validate(model, embeddings, val_rows)
                 run.log(measured, step=step)
                 metrics |= measured
-                better = measured["val/total_loss"] < best
+                better = measured[VAL_LOSS] < best
                 if better:
-                    best = measured["val/total_loss"]
+                    best = measured[VAL_LOSS]
                     save("best_model.pth", step)
                 bar.write(progress_line(step, metrics, config) + ("  best" if better else ""))
                 last_log, last_time = step, time.perf_counter()  # items a second are those of training alone

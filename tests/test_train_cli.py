@@ -284,7 +284,7 @@ def test_checkpoints_are_plain_dicts_of_the_contract(trained, name):
 
 def test_best_model_has_the_lowest_validation_loss_and_final_model_the_last_step(folder, recorder):
     assert run(folder, steps_per_val_log=3) == 0
-    losses = recorder.series("val/total_loss")
+    losses = recorder.series(train_rqvae.VAL_LOSS)
     best = load(folder, "best_model")
     assert best["val_loss"] == min(losses.values())
     assert best["step"] == min(losses, key=losses.get)
