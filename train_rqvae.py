@@ -50,13 +50,13 @@ KMEANS_ROWS = 200_000  # of a larger catalogue k-means takes a sample, to bound 
 RECONSTRUCTION_WEIGHT = 3.0  # against the quantization losses; the codes spread more evenly than at 1
 ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
-VAL_LOSS = "val/reconstruction_loss"  # chooses the best model: the vq losses drift with the scale of the latents
+EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
 EXAMPLE_PREFIXES, EXAMPLE_ITEMS, LABEL_LENGTH = 8, 4, 90
 CHECKPOINT_KEYS = {"model_state_dict", "config", "step", "epoch", "val_loss"}
 RESUME_KEYS = CHECKPOINT_KEYS | {
-    "optimizer_state_dict", "scheduler_state_dict", "random_states", "usage", "best_val_loss", "wandb_run_id",
+    "optimizer_state_dict", "scheduler_state_dict", "random_states", "usage", "lowest_val_loss", "wandb_run_id",
     "metrics", "data", "autoencoder_steps",
 }  # fmt: skip
 MODEL_FIELDS = (
@@ -130,9 +130,7 @@ class RQVAEConfig:
     reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
     steps_per_codebook_reset: int = HfArg(default=50, help="Steps over which a code must be used.")
 
-    val_split: float = HfArg(
-        default=0.05, help="Share of the rows held out; the best model is the one that reconstructs them best."
-    )
+    val_split: float = HfArg(default=0.05, help="Share of the rows held out to choose the best model by.")
     steps_per_train_log: int = HfArg(default=50, help="Steps between two logged training losses.")
     steps_per_val_log: int = HfArg(default=250, help="Steps between two validations over the whole catalogue.")
     steps_per_checkpoint: int = HfArg(default=2500, help="Steps between two numbered checkpoints.")
@@ -1019,13 +1017,17 @@ def holds_best(path: Path, resumed: dict) -> bool:
         return False
     same_flags = all(best["config"].get(name) == value for name, value in resumed["config"].items()
                      if name not in FREE_FIELDS)  # fmt: skip
-    return same_flags and best["data"] == resumed["data"] and best["val_loss"] <= resumed["best_val_loss"]
+    return (
+        same_flags
+        and best["data"] == resumed["data"]
+        and best["val_loss"] <= resumed["lowest_val_loss"] * (1 + EQUAL_LOSSES)
+    )
 
 
 def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
     """Trains to the last step and writes the checkpoints: embeddings (N, D) on the device.
 
-    Returns whether it got there, and the best validation loss.
+    Returns whether it got there, and the lowest validation loss.
 
     `data` names the embeddings in the checkpoints, `resumed` is the checkpoint to go on from, `run` is W&B's.
     """
@@ -1036,7 +1038,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     optimizer = torch.optim.Adam(model.parameters(), lr=config.max_lr, betas=ADAM_BETAS)
     rate_factor = lambda step: learning_rate(step, plan.total_steps, config) / config.max_lr  # noqa: E731
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
-    start, best, metrics = 0, math.inf, {}
+    start, lowest, metrics = 0, math.inf, {}
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
         optimizer.load_state_dict(resumed["optimizer_state_dict"])
@@ -1044,7 +1046,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
         usage.copy_(resumed["usage"])
         start, metrics = resumed["step"], resumed["metrics"]
         if holds_best(folder / "best_model.pth", resumed):
-            best = resumed["best_val_loss"]
+            lowest = resumed["lowest_val_loss"]
         for group in optimizer.param_groups:  # another number of steps makes another schedule
             group["lr"] = config.max_lr * rate_factor(start)
         restore_random_states(resumed["random_states"])  # last: building a model draws from them
@@ -1053,13 +1055,13 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
 
     def save(name: str, step: int, **training) -> None:
         epoch = step // plan.steps_per_epoch
-        save_checkpoint(folder / name, model, step, epoch, metrics.get(VAL_LOSS, math.inf), **training,
+        save_checkpoint(folder / name, model, step, epoch, metrics.get("val/total_loss", math.inf), **training,
                         metrics=metrics, data=data)  # fmt: skip
 
     def save_numbered(step: int) -> None:
         save(f"checkpoint_step_{step}.pth", step, optimizer_state_dict=optimizer.state_dict(),
              scheduler_state_dict=scheduler.state_dict(), random_states=random_states(), usage=usage,
-             best_val_loss=best, wandb_run_id=run.id,
+             lowest_val_loss=lowest, wandb_run_id=run.id,
              autoencoder_steps=plan.autoencoder_steps)  # fmt: skip
 
     model.train()
@@ -1102,9 +1104,10 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 measured = validate(model, embeddings, val_rows)
                 run.log(measured, step=step)
                 metrics |= measured
-                better = measured[VAL_LOSS] < best
+                loss = measured["val/total_loss"]
+                better = loss <= lowest * (1 + EQUAL_LOSSES)
+                lowest = min(lowest, loss)
                 if better:
-                    best = measured[VAL_LOSS]
                     save("best_model.pth", step)
                 bar.write(progress_line(step, metrics, config) + ("  best" if better else ""))
                 last_log, last_time = step, time.perf_counter()  # items a second are those of training alone
@@ -1113,12 +1116,12 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             bar.update()
             if asked_to_stop and step < plan.total_steps:
                 save_numbered(step)
-                return False, best
-    if not math.isfinite(best):
+                return False, lowest
+    if not math.isfinite(lowest):
         diverged("no validation loss was finite")
     if start < plan.total_steps:
         save("final_model.pth", plan.total_steps)
-    return True, best
+    return True, lowest
 
 
 # ---------------------------------------------------------------- export and report
@@ -1356,10 +1359,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     run = start_wandb(config, asdict(config), resumed["wandb_run_id"] if resumed else None)
     embeddings = dataset.embeddings.to(device)
-    finished, best = train(model, embeddings, plan, data, resumed, run)
+    finished, lowest = train(model, embeddings, plan, data, resumed, run)
     if finished:
         export(load_model(best_path, device), dataset, config, target)
-    if math.isfinite(best):  # else best_model.pth, if there is one, is of an earlier run
+    if math.isfinite(lowest):  # else best_model.pth, if there is one, is of an earlier run
         upload_best(run, best_path, config)
     run.finish()
     if not finished:
