@@ -326,7 +326,7 @@ class VectorQuantizer(nn.Module):
         """Quantizes x (B, E) in float32."""
         x = x.float()
         codes = nearest_codes(x.detach(), self.codebook.detach())
-        vectors = self.codebook[codes]  # (B, E)
+        vectors = F.embedding(codes, self.codebook)  # (B, E); indexing sums its gradient in no fixed order
         return QuantizerOutput(
             codes=codes,
             vectors=vectors.detach(),

@@ -429,6 +429,18 @@ def test_rescaling_latents_leaves_the_autoencoder_as_it_was():
     assert not torch.allclose(latents, rescaled, atol=0.1)  # there was something to do
 
 
+def test_codebook_gradient_is_bitwise_the_same_on_many_threads():
+    quantizer, x = VectorQuantizer(256, 32), torch.randn(1024, 32)
+    torch.set_num_threads(4)
+    gradients = []
+    for _ in range(100):
+        quantizer.zero_grad()
+        quantizer(x).codebook_loss.backward()
+        gradients.append(quantizer.codebook.grad.clone())
+    torch.set_num_threads(1)
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients)
+
+
 @pytest.mark.parametrize("ema", [False, True])
 def test_codebooks_start_at_the_k_means_centres_of_each_levels_residuals(ema):
     model, latents = RQVAE(tiny_config(use_ema_vq=ema)), torch.randn(200, LATENT)
