@@ -250,8 +250,8 @@ class EmbeddingDataset(Dataset):
         again = "run embed_items.py again"
         kind = column.dtype
         if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
-            fail(path, f"embedding is {column.dtype}, not a list of Float32", again)
-        if column.dtype.base_type() == pl.Array:
+            fail(path, f"embedding is {kind}, not a list of Float32", again)
+        if kind.base_type() == pl.Array:
             column = column.arr.to_list()
         sizes = column.list.len().fill_null(0).to_numpy()
         odd = sizes != sizes[0] if sizes[0] else sizes == 0
@@ -716,25 +716,24 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> dict:
-    """The dict of a .pth that this script wrote, with these keys; ValueError where anything in it is damaged."""
+def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> tuple[dict, RQVAE]:
+    """The dict of a .pth that this script wrote, with these keys, and its model; ValueError where it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load takes tensors with flipped bits for good
                 raise ValueError("its checksums do not match")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-        missing = keys - checkpoint.keys()
-        if not missing:
-            RQVAE(RQVAEConfig(**checkpoint["config"])).load_state_dict(checkpoint["model_state_dict"])
+        if missing := keys - checkpoint.keys():
+            raise ValueError(f"no {', '.join(sorted(missing))} in it")
+        model = RQVAE(RQVAEConfig(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model_state_dict"])
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
-    if missing:
-        raise ValueError(f"no {', '.join(sorted(missing))} in it")
-    return checkpoint
+    return checkpoint, model.to(device).eval()
 
 
-def read_checkpoint(path: Path, device: torch.device | str) -> dict:
-    """The dict of a .pth that this script wrote; ends the run where it is missing or damaged."""
+def read_checkpoint(path: Path, device: torch.device | str) -> tuple[dict, RQVAE]:
+    """The dict of a .pth that this script wrote, and its model; ends the run where it is missing or damaged."""
     if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, "not found", "train first, or name another --checkpoint_dir")
     try:
@@ -745,10 +744,7 @@ def read_checkpoint(path: Path, device: torch.device | str) -> dict:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     """The RQVAE of any checkpoint, in evaluation mode on `device`; ends the run where the file is no good."""
-    checkpoint = read_checkpoint(Path(path), device)
-    model = RQVAE(RQVAEConfig(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model_state_dict"])
-    return model.to(device).eval()
+    return read_checkpoint(Path(path), device)[1]
 
 
 def save_checkpoint(path: Path, model: RQVAE, step: int, epoch: int, val_loss: float, **training) -> None:
@@ -1012,7 +1008,7 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 def holds_best(path: Path, resumed: dict) -> bool:
     """Whether best_model.pth is of the run to be resumed: not gone, damaged or left by another run."""
     try:
-        best = load_whole(path, "cpu", CHECKPOINT_KEYS | {"data"})
+        best, _ = load_whole(path, "cpu", CHECKPOINT_KEYS | {"data"})
     except ValueError:
         return False
     same_flags = all(best["config"].get(name) == value for name, value in resumed["config"].items()
@@ -1025,11 +1021,10 @@ def holds_best(path: Path, resumed: dict) -> bool:
 
 
 def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
-    """Trains to the last step and writes the checkpoints: embeddings (N, D) on the device.
+    """Trains and writes the checkpoints; returns whether the last step was reached, and the lowest validation loss.
 
-    Returns whether it got there, and the lowest validation loss.
-
-    `data` names the embeddings in the checkpoints, `resumed` is the checkpoint to go on from, `run` is W&B's.
+    embeddings (N, D) lie on the device and `data` names them in the checkpoints; `resumed` is the checkpoint to go
+    on from; `run` is W&B's.
     """
     config, device, folder = model.config, embeddings.device, Path(model.config.checkpoint_dir)
     train_rows, val_rows = plan.train_rows.to(device), plan.val_rows.to(device)
@@ -1226,7 +1221,7 @@ def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
 
 def upload_best(run, path: Path, config: RQVAEConfig) -> None:
     """Hands best_model.pth to W&B once, with what it is worth."""
-    best = read_checkpoint(path, "cpu")
+    best, _ = read_checkpoint(path, "cpu")
     names = [f"catalogue/usage_{level}" for level in range(config.codebook_quantization_levels)]
     metadata = {name.removeprefix("catalogue/"): best["metrics"][name] for name in names}
     metadata |= {
@@ -1285,7 +1280,7 @@ def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
     paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in paths:
         try:
-            checkpoint = load_whole(path, "cpu", RESUME_KEYS)
+            checkpoint, _ = load_whole(path, "cpu", RESUME_KEYS)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue

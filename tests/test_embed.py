@@ -5,7 +5,6 @@ import runpy
 import shutil
 import sys
 import zipfile
-from dataclasses import fields
 
 import numpy as np
 import polars as pl
@@ -551,18 +550,6 @@ def test_an_interrupted_write_leaves_the_earlier_output(with_earlier, monkeypatc
     assert exit_info.value.code == 130
     assert "interrupted: nothing was written" in capsys.readouterr().err
     assert files_of(with_earlier) == before
-
-
-def test_help_tells_a_sentence_and_the_default_of_every_flag(capsys):
-    with pytest.raises(SystemExit) as exit_info:
-        main(["--help"])
-    assert exit_info.value.code == 0
-    text = re.sub(r"\s", "", capsys.readouterr().out)
-    for field in fields(embed_items.EmbedConfig):
-        sentence = field.metadata["help"]
-        assert sentence.endswith(".")
-        assert f"--{field.name}" in text
-        assert re.sub(r"\s", "", f"{sentence} (default: {field.default})") in text
 
 
 def test_the_command_reads_and_writes_data_output_where_it_runs(data_dir, tiny_encoder, run_script):

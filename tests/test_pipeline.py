@@ -5,11 +5,16 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import numpy as np
 import polars as pl
 import pytest
 from conftest import ROOT, files_of
+
+import embed_items
+import tokenize_items
+import train_rqvae
 
 SAMPLE = ROOT / "data" / "sample"
 SCRIPTS = ["tokenize_items.py", "embed_items.py", "train_rqvae.py"]
@@ -56,6 +61,27 @@ def test_the_chain_stops_at_the_first_failure(tmp_path, data_dir):
     assert done.stderr.startswith("error: --model_name")
     assert len(done.stderr.splitlines()) == 1
     assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("main", "config"),
+    [
+        (tokenize_items.main, tokenize_items.TokenizeConfig()),
+        (embed_items.main, embed_items.EmbedConfig()),
+        (train_rqvae.main, train_rqvae.RQVAEConfig()),
+    ],
+    ids=SCRIPTS,
+)
+def test_help_tells_a_sentence_and_the_default_of_every_flag(main, config, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    text = re.sub(r"\s", "", capsys.readouterr().out)
+    for field in fields(config):
+        sentence = field.metadata["help"]
+        assert sentence.endswith(".")
+        assert f"--{field.name}" in text
+        assert re.sub(r"\s", "", f"{sentence} (default: {getattr(config, field.name)})") in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -705,19 +705,6 @@ def test_summary_names_device_sizes_steps_and_every_setting(folder, capsys):
         assert re.search(f"^{name}: ", text, flags=re.MULTILINE), name
 
 
-def test_help_says_what_each_flag_does_and_its_default(capsys):
-    with pytest.raises(SystemExit) as ended:
-        train_rqvae.main(["--help"])
-    assert ended.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    default = train_rqvae.RQVAEConfig()
-    for name, field in train_rqvae.RQVAEConfig.__dataclass_fields__.items():
-        assert f"--{name}" in text
-        sentence = " ".join(field.metadata["help"].split())
-        assert sentence.endswith("."), name
-        assert f"{sentence} (default: {getattr(default, name)})" in text, name
-
-
 # ---------------------------------------------------------------- W&B
 
 
