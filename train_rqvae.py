@@ -3,9 +3,10 @@
 Reads   data/output/{category}_items_with_embeddings.parquet   (parent_asin, embedding)
 Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
         data/output/{category}_semantic_ids.parquet            (one distinct ID an item)
+        data/output/{category}_quality.json                    (what these IDs are worth)
 
     python train_rqvae.py --category Video_Games                                    # the full run, on a GPU
-    python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 # a first result on a CPU
+    python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 --max_lr 1e-2  # on a CPU
     python train_rqvae.py --category Video_Games --resume                           # go on after a stop
     python train_rqvae.py --category Video_Games --export_only                      # IDs from best_model.pth
 
@@ -16,6 +17,7 @@ Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
@@ -39,6 +41,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -53,7 +56,10 @@ ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps
 EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
-EXAMPLE_PREFIXES, EXAMPLE_ITEMS, LABEL_LENGTH = 8, 4, 90
+QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
+RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
+EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
+BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 CHECKPOINT_KEYS = {"model_state_dict", "config", "step", "epoch", "val_loss"}
 RESUME_KEYS = CHECKPOINT_KEYS | {
     "optimizer_state_dict", "scheduler_state_dict", "random_states", "usage", "lowest_val_loss", "wandb_run_id",
@@ -114,11 +120,11 @@ class RQVAEConfig:
     warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(
-        default=0.7,
+        default=0.5,
         help="Noise on the training inputs at the start, in their standard deviations; it fades out to the end.",
     )
     input_mixing: float = HfArg(
-        default=0.3, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
+        default=0.4, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
     )
 
     use_kmeans_init: bool = HfArg(
@@ -130,7 +136,7 @@ class RQVAEConfig:
     reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
     steps_per_codebook_reset: int = HfArg(default=50, help="Steps over which a code must be used.")
 
-    val_split: float = HfArg(default=0.05, help="Share of the rows held out to choose the best model by.")
+    val_split: float = HfArg(default=0.02, help="Share of the rows held out to choose the best model by.")
     steps_per_train_log: int = HfArg(default=50, help="Steps between two logged training losses.")
     steps_per_val_log: int = HfArg(default=250, help="Steps between two validations over the whole catalogue.")
     steps_per_checkpoint: int = HfArg(default=2500, help="Steps between two numbered checkpoints.")
@@ -546,18 +552,19 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int)
     model.quantize(latents, before_level=fit)
 
 
-def start_quantizing(model: RQVAE, x: Tensor, optimizer: torch.optim.Optimizer, rows_per_step: int, seed: int) -> None:
+def start_quantizing(model: RQVAE, x: Tensor, optimizers: list[Optimizer], rows_per_step: int, seed: int) -> None:
     """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D)."""
     with torch.no_grad():
         latents = torch.cat([model.encode(part) for part in x.split(ROWS_PER_PASS)])
     if not latents.isfinite().all():
         diverged("latents became NaN or infinite before k-means")
     init_codebooks(model, rescale_latents(model, latents), rows_per_step, seed)
-    optimizer.state.clear()  # moments of the weights before the rescaling
+    for optimizer in optimizers:
+        optimizer.state.clear()  # moments of the weights before the rescaling
 
 
 @torch.no_grad()
-def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizer: torch.optim.Optimizer) -> int:
+def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizers: list[Optimizer]) -> int:
     """Moves codes without usage (L, K) onto residuals of the batch x (B, D), state and all; says how many."""
     unused = (usage == 0).cpu()  # (L, K)
 
@@ -568,9 +575,10 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizer: torch.optim.O
         rows = torch.randperm(len(residuals), device=residuals.device).repeat(1 + len(which) // len(residuals))
         codebook = model.quantizers[level].codebook
         model.quantizers[level].set_codes(which, residuals[rows[: len(which)]], torch.ones_like(codebook[which, 0]))
-        for moments in optimizer.state.get(codebook, {}).values():
-            if moments.shape == codebook.shape:  # Adam's two; its step count is one number for all codes
-                moments[which] = 0
+        for optimizer in optimizers:
+            for moments in optimizer.state.get(codebook, {}).values():
+                if moments.shape == codebook.shape:  # Adam's two; its step count is one number for all codes
+                    moments[which] = 0
 
     if unused.any():
         model.quantize(model.encode(x), before_level=revive)
@@ -583,6 +591,7 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizer: torch.optim.O
 class CodeStatistics(NamedTuple):
     """What a table of codes (N, L) says about the IDs of a whole catalogue."""
 
+    counts: np.ndarray  # (L, K) items that have each code
     usage: list[float]  # (L) share of the codes that any item has
     perplexity: list[float]  # (L) exp of the entropy of the codes
     distinct: float  # distinct IDs / items
@@ -600,6 +609,7 @@ def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
     else:
         _, sizes = torch.unique(codes, dim=0, return_counts=True)
     return CodeStatistics(
+        counts=counts.numpy(),
         usage=(counts > 0).double().mean(1).tolist(),
         perplexity=torch.special.entr(share).sum(1).exp().tolist(),
         distinct=len(sizes) / len(codes),
@@ -619,20 +629,6 @@ def encode_catalogue(model: RQVAE, embeddings: Tensor, order: Tensor | None = No
         parts.append((latents, quantized.codes, quantized.residuals.norm(dim=1)))
     latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
     return latents, codes, norms.mean().item()
-
-
-@torch.inference_mode()
-def reconstruction_quality(model: RQVAE, embeddings: Tensor, codes: Tensor) -> tuple[float, float]:
-    """Unexplained variance, sum |x - x^|^2 / sum |x - mean|^2, and mean cosine: embeddings (N, D), codes (N, L)."""
-    error = spread = square = cosine = 0.0
-    mean = embeddings.mean(0).to(codes.device)
-    for x, ids in zip(embeddings.split(ROWS_PER_PASS), codes.split(ROWS_PER_PASS), strict=True):
-        x, decoded = x.to(codes.device), model.decode_from_semantic_ids(ids)
-        error += (x - decoded).square().sum().item()
-        spread += (x - mean).square().sum().item()
-        square += x.square().sum().item()
-        cosine += F.cosine_similarity(x, decoded).sum().item()
-    return error / spread if spread > ROUNDING * square else math.nan, cosine / len(codes)
 
 
 def loss_terms(losses: Losses, config: RQVAEConfig) -> Tensor:
@@ -815,26 +811,25 @@ def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarra
     """
     codes, (levels, size, _) = codes.copy(), codebooks.shape
     assert len(codes) <= size**levels, "more items than IDs"
+    parents = np.zeros(len(codes), dtype=np.int64)  # (N) one number for the codes above the level
     for level in range(levels):
         capacity = size ** (levels - 1 - level)  # IDs below each code of this level
-        keys = prefix_keys(codes, level + 1)
-        crowded = np.bincount(keys)[keys] > capacity  # (N)
-        parents = prefix_keys(codes, level)
-        affected = np.flatnonzero(np.isin(parents, parents[crowded]))
-        for rows in group_rows(parents[affected]):
-            rows = affected[rows]
-            above = sum(codebooks[above][codes[rows, above]] for above in range(level))
-            residuals = latents[rows] - above  # (n, E)
+        _, keys, counts = np.unique(parents * size + codes[:, level], return_inverse=True, return_counts=True)
+        affected = np.flatnonzero(np.isin(parents, parents[counts[keys] > capacity]))
+        residuals = latents[affected] - sum(codebooks[above][codes[affected, above]] for above in range(level))
+        for group in group_rows(parents[affected]):
+            rows, left = affected[group], residuals[group]  # (n), (n, E)
             if level == levels - 1:
-                codes[rows, level] = linear_sum_assignment(squared_distances(residuals, codebooks[level]))[1]
+                codes[rows, level] = linear_sum_assignment(squared_distances(left, codebooks[level]))[1]
                 continue
-            target = spill(codes[rows, level], residuals, codebooks[level], capacity)
+            target = spill(codes[rows, level], left, codebooks[level], capacity)
             moved = target != codes[rows, level]
-            rows, residuals = rows[moved], residuals[moved]
+            rows, left = rows[moved], left[moved]
             codes[rows, level] = target[moved]
             for below in range(level + 1, levels):
-                residuals = residuals - codebooks[below - 1][codes[rows, below - 1]]
-                codes[rows, below] = squared_distances(residuals, codebooks[below]).argmin(1)
+                left = left - codebooks[below - 1][codes[rows, below - 1]]
+                codes[rows, below] = squared_distances(left, codebooks[below]).argmin(1)
+        _, parents = np.unique(parents * size + codes[:, level], return_inverse=True)
     return codes
 
 
@@ -869,6 +864,20 @@ def split_rows(n: int, config: RQVAEConfig) -> tuple[Tensor, Tensor]:
     if held_out == 0:
         return order, order
     return order[held_out:], order[:held_out]
+
+
+def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
+    """Adam, and Muon for the matrices between hidden layers, where it learns more in as many steps.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes a step orthogonal; scaled as in
+    arXiv:2502.16982, section 2.2, one learning rate suits both.
+    """
+    inner = [layer.weight for mlp in (model.encoder, model.decoder) for layer in mlp[2:-1:2]]
+    others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in inner)]
+    optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS)]
+    if inner:
+        optimizers.append(torch.optim.Muon(inner, lr=max_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def learning_rate(step: int, total_steps: int, config: RQVAEConfig) -> float:
@@ -912,7 +921,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: RQVAE, optimizer: torch.optim.Optimizer, embeddings: Tensor, rows: Tensor, noise: float, quantize: bool
+    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, quantize: bool
 ) -> StepResult:
     """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step."""
     config, terms, codes = model.config, 0.0, []
@@ -923,8 +932,9 @@ def train_step(
         terms = terms + loss_terms(losses, config).detach() * share
         codes += [losses.quantized.codes] if quantize else []
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm or math.inf)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     if quantize:
         for quantizer in model.quantizers:
             quantizer.end_step()
@@ -1030,20 +1040,21 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     train_rows, val_rows = plan.train_rows.to(device), plan.val_rows.to(device)
     levels, size = config.codebook_quantization_levels, config.codebook_size
     usage = torch.zeros(levels, size, dtype=torch.int64, device=device)  # (L, K) since the last reset
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.max_lr, betas=ADAM_BETAS)
+    optimizers = make_optimizers(model, config.max_lr)
     rate_factor = lambda step: learning_rate(step, plan.total_steps, config) / config.max_lr  # noqa: E731
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor) for optimizer in optimizers]
     start, lowest, metrics = 0, math.inf, {}
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
-        optimizer.load_state_dict(resumed["optimizer_state_dict"])
-        scheduler.load_state_dict(resumed["scheduler_state_dict"])
+        states = resumed["optimizer_state_dict"] + resumed["scheduler_state_dict"]
+        for each, state in zip(optimizers + schedulers, states, strict=True):
+            each.load_state_dict(state)
         usage.copy_(resumed["usage"])
         start, metrics = resumed["step"], resumed["metrics"]
         if holds_best(folder / "best_model.pth", resumed):
             lowest = resumed["lowest_val_loss"]
-        for group in optimizer.param_groups:  # another number of steps makes another schedule
-            group["lr"] = config.max_lr * rate_factor(start)
+        for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
+            group["lr"] = config.max_lr * rate_factor(start)  # another number of steps makes another schedule
         restore_random_states(resumed["random_states"])  # last: building a model draws from them
     else:
         fit_standardisation(model, embeddings[train_rows])
@@ -1054,9 +1065,9 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                         metrics=metrics, data=data)  # fmt: skip
 
     def save_numbered(step: int) -> None:
-        save(f"checkpoint_step_{step}.pth", step, optimizer_state_dict=optimizer.state_dict(),
-             scheduler_state_dict=scheduler.state_dict(), random_states=random_states(), usage=usage,
-             lowest_val_loss=lowest, wandb_run_id=run.id,
+        save(f"checkpoint_step_{step}.pth", step, optimizer_state_dict=[each.state_dict() for each in optimizers],
+             scheduler_state_dict=[each.state_dict() for each in schedulers], random_states=random_states(),
+             usage=usage, lowest_val_loss=lowest, wandb_run_id=run.id,
              autoencoder_steps=plan.autoencoder_steps)  # fmt: skip
 
     model.train()
@@ -1070,19 +1081,20 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             rows = order[place * plan.rows_per_step : (place + 1) * plan.rows_per_step]
             if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
                 start_quantizing(
-                    model, embeddings[train_rows[:KMEANS_ROWS]], optimizer, plan.rows_per_step, config.seed
+                    model, embeddings[train_rows[:KMEANS_ROWS]], optimizers, plan.rows_per_step, config.seed
                 )
             quantize = step > plan.autoencoder_steps
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
-            result = train_step(model, optimizer, embeddings, rows, noise, quantize)
-            rate = scheduler.get_last_lr()[0]
-            scheduler.step()
+            result = train_step(model, optimizers, embeddings, rows, noise, quantize)
+            rate = schedulers[0].get_last_lr()[0]
+            for scheduler in schedulers:
+                scheduler.step()
             if quantize:
                 usage.scatter_add_(1, result.codes.T, torch.ones_like(result.codes.T))
                 early = step <= LAST_RESET * plan.total_steps
                 due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
                 if config.reset_unused_codes and early and due:
-                    reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizer)
+                    reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizers)
                     usage.zero_()
 
             validating = quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps)
@@ -1119,69 +1131,240 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     return True, lowest
 
 
+# ---------------------------------------------------------------- quality of the IDs
+
+
+@torch.inference_mode()
+def reconstruction_quality(x: Tensor, decoded: Tensor) -> tuple[float | None, float]:
+    """Unexplained variance, sum |x - x^|^2 / sum |x - mean|^2 (None for equal items), and mean cosine: (N, D) both."""
+    spread = (x - x.mean(0)).square().sum()
+    alike = spread <= ROUNDING * x.square().sum()
+    unexplained = None if alike else ((x - decoded).square().sum() / spread).item()
+    return unexplained, F.cosine_similarity(x, decoded).mean().item()
+
+
+@torch.inference_mode()
+def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float | None:
+    """Share of the items nearest to each query that are still so where the catalogue is its reconstruction.
+
+    x, decoded (N, D), queries (Q) rows of x; the NEIGHBOURS nearest by cosine, never the query itself. None for one
+    item.
+    """
+    neighbours = min(NEIGHBOURS, len(x) - 1)
+
+    def nearest(catalogue: Tensor) -> Tensor:
+        catalogue, found = F.normalize(catalogue), []
+        for rows in queries.split(128):
+            cosine = x[rows] @ catalogue.T  # (q, N) times the length of the query
+            cosine[torch.arange(len(rows), device=x.device), rows] = -math.inf
+            found.append(cosine.topk(neighbours).indices)
+        return torch.cat(found)  # (Q, neighbours)
+
+    if neighbours == 0:
+        return None
+    return (nearest(x).unsqueeze(2) == nearest(decoded).unsqueeze(1)).any(2).double().mean().item()
+
+
+@torch.inference_mode()
+def coherence(x: Tensor, codes: np.ndarray, level: int, seed: int) -> float | None:
+    """Mean cosine of two items that share their first `level` codes, of any two at 0: x (N, D), codes (N, L).
+
+    Over COHERENCE_PAIRS random pairs; None where no two items share them.
+    """
+    keys = prefix_keys(codes, level)
+    order = np.argsort(keys, kind="stable")
+    sizes = np.bincount(keys)  # (groups)
+    starts = np.cumsum(sizes) - sizes  # their places in order
+    shared = np.flatnonzero(sizes[keys[order]] > 1)
+    if len(shared) == 0:
+        return None
+    generator = np.random.default_rng(seed)
+    place = generator.choice(shared, COHERENCE_PAIRS)
+    start, size = starts[keys[order[place]]], sizes[keys[order[place]]]
+    other = start + (place - start + generator.integers(1, size)) % size  # of the same group, never itself
+    pairs = (torch.from_numpy(order[rows]).to(x.device) for rows in (place, other))
+    return F.cosine_similarity(*(x[rows] for rows in pairs)).mean().item()
+
+
+def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, written: np.ndarray) -> dict:
+    """What the IDs are worth, ready for JSON: codes (N, L) as encoded, and as written, perhaps with a suffix.
+
+    Counts are of the whole catalogue, what needs the embeddings (N, D) of a sample of at most QUALITY_ROWS.
+    """
+    n, levels, size, device = *encoded.shape, model.config.codebook_size, model.input_mean.device
+    generator = torch.Generator().manual_seed(model.config.seed)
+    rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
+    queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
+    x = embeddings[rows].to(device)  # (M, D)
+
+    def decode(codes: np.ndarray) -> Tensor:
+        return model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
+
+    def of_ids(codes: np.ndarray) -> dict:
+        statistics = code_statistics(torch.from_numpy(codes), int(codes.max()) + 1)
+        decoded = decode(codes[:, :levels])
+        unexplained, cosine = reconstruction_quality(x, decoded)
+        return {
+            "distinct": statistics.distinct,
+            "singleton": statistics.singleton,
+            "largest_collision": statistics.largest,
+            "unexplained_variance": unexplained,
+            "mean_cosine": cosine,
+            "recall_at_10": neighbour_recall(x, decoded, queries),
+        }
+
+    def of_level(level: int) -> dict:
+        unexplained, cosine = reconstruction_quality(x, decode(encoded[:, : level + 1]))
+        return {
+            "usage": statistics.usage[level],
+            "dead_codes": int((statistics.counts[level] == 0).sum()),
+            "perplexity": statistics.perplexity[level],
+            "entropy_ratio": math.log(statistics.perplexity[level]) / math.log(size),
+            "items_per_code": statistics.counts[level].tolist(),
+            "unexplained_variance": unexplained,
+            "mean_cosine": cosine,
+            "coherence": coherence(x, encoded[rows], level + 1, model.config.seed),
+        }
+
+    statistics = code_statistics(torch.from_numpy(encoded), size)
+    return {
+        "items": n,
+        "sampled_items": len(rows),
+        "recall_queries": len(queries),
+        "codebook_size": size,
+        "levels": [of_level(level) for level in range(levels)],  # each with those above it
+        "coherence_of_any_two": coherence(x, encoded[rows], 0, model.config.seed),
+        "as_encoded": of_ids(encoded),
+        "as_written": of_ids(written),
+        "moved": float((written[:, :levels] != encoded).any(1).mean()),
+    }
+
+
 # ---------------------------------------------------------------- export and report
 
 
-def level_table(statistics: CodeStatistics) -> str:
-    rows = [f"{'level':>5}  {'codes used':>10}  {'perplexity':>10}"]
-    for level, (usage, perplexity) in enumerate(zip(statistics.usage, statistics.perplexity, strict=True)):
-        rows.append(f"{level:>5}  {usage:>10.1%}  {perplexity:>10.1f}")
-    return "\n".join(rows)
+def bar_chart(counts: list[int]) -> str:
+    """Items a code, from the commonest code to the rarest, each letter the mean of some codes: counts (K)."""
+    columns = [part.mean() for part in np.array_split(np.sort(counts)[::-1], min(BAR_COLUMNS, len(counts)))]
+    return "".join(BARS[math.ceil(column / columns[0] * (len(BARS) - 1))] for column in columns)
 
 
-def example_prefixes(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
-    """First codes spread over the catalogue, each with the items of its most common continuations."""
-    groups = [rows for rows in group_rows(codes[:, 0]) if len(rows) >= EXAMPLE_ITEMS] or group_rows(codes[:, 0])
-    picks = np.unique(np.linspace(0, len(groups) - 1, EXAMPLE_PREFIXES).astype(int))
-    lines = []
-    for rows in (groups[i] for i in picks):
-        second = prefix_keys(codes[rows], min(2, codes.shape[1]))
-        common = np.bincount(second)[second]
-        shown = rows[np.lexsort((second, -common))][:EXAMPLE_ITEMS]
-        lines.append(f"{codes[rows[0], 0]}-  ({len(rows)} items)")
-        for row in shown.tolist():
-            lines.append(f"    {ids[row]:<14} {' '.join(labels[row].split())}")
+def show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def level_table(levels: list[dict]) -> str:
+    width = BAR_COLUMNS + 2 * max(len(f"{max(level['items_per_code'])}") for level in levels) + 2
+    lines = [
+        f"level    used  dead  perplexity  entropy  {'items a code, sorted':<{width}}  unexplained  cosine  coherence"
+    ]
+    for i, level in enumerate(levels):
+        counts = level["items_per_code"]
+        chart = f"{max(counts)} {bar_chart(counts)} {min(counts)}"
+        lines.append(
+            f"{i:>5}  {level['usage']:>6.1%}  {level['dead_codes']:>4}  {level['perplexity']:>10.1f}"
+            f"  {level['entropy_ratio']:>7.3f}  {chart:<{width}}  {show(level['unexplained_variance'], '.4f'):>11}"
+            f"  {level['mean_cosine']:>6.3f}  {show(level['coherence'], '.3f'):>9}"
+        )
     return "\n".join(lines)
 
 
-def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, path: Path) -> None:
-    """Encodes the whole catalogue, makes the IDs distinct, writes them in input order and prints the report."""
+def id_table(quality: dict, collisions: str) -> str:
+    forms = {
+        "distinct": ("distinct IDs", ".2%"),
+        "singleton": ("items alone with their ID", ".2%"),
+        "largest_collision": ("most items that share one", ","),
+        "unexplained_variance": ("unexplained variance", ".4f"),
+        "mean_cosine": ("mean cosine of the reconstruction", ".4f"),
+        "recall_at_10": ("recall@10 of true neighbours", ".4f"),
+    }
+    lines = [f"{'':<35}{'as encoded':>12}{f'--collisions {collisions}':>22}"]
+    for name, (title, form) in forms.items():
+        before, after = (show(quality[when][name], form) for when in ("as_encoded", "as_written"))
+        lines.append(f"{title:<35}{before:>12}{after:>22}")
+    return "\n".join(lines)
+
+
+class Example(NamedTuple):
+    """A line of the tree of examples."""
+
+    depth: int  # 0 for a first code, 1 for a second, 2 for an item
+    name: str  # a prefix such as 12-201-, or an item's ID
+    items: int  # that have it
+    title: str  # of an item
+
+
+def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> list[Example]:
+    """First codes spread over the catalogue, their commonest second codes, and items of those: codes (N, L)."""
+    groups = group_rows(codes[:, 0])
+    groups = [rows for rows in groups if len(rows) >= EXAMPLE_BRANCHES * EXAMPLE_ITEMS] or groups
+    tree = []
+    for pick in np.unique(np.linspace(0, len(groups) - 1, EXAMPLE_PREFIXES).astype(int)):
+        rows = groups[pick]
+        tree.append(Example(0, f"{codes[rows[0], 0]}-", len(rows), ""))
+        branches = [rows[part] for part in group_rows(prefix_keys(codes[rows], 2))]
+        for branch in sorted(branches, key=len, reverse=True)[:EXAMPLE_BRANCHES]:
+            if codes.shape[1] > 2:
+                tree.append(Example(1, "-".join(map(str, codes[branch[0], :2])) + "-", len(branch), ""))
+            tree += [Example(2, ids[row], 1, " ".join(labels[row].split())) for row in branch[:EXAMPLE_ITEMS].tolist()]
+    return tree
+
+
+def show_tree(tree: list[Example]) -> str:
+    width = max(len(line.name) for line in tree)
+    return "\n".join(
+        "  " * line.depth + f"{line.name:<{width}}  " + (line.title or f"{line.items:,} items") for line in tree
+    )
+
+
+def make_distinct(model: RQVAE, latents: Tensor, codes: np.ndarray, collisions: str) -> np.ndarray:
+    """The codes to write: latents (N, E), codes (N, L) -> (N, L), with a suffix (N, L + 1)."""
+    if collisions == "assign":
+        codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])
+        return assign_distinct(latents.cpu().numpy(), codes, codebooks)
+    return count_within(codes) if collisions == "suffix" else codes
+
+
+def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
+    """Encodes the whole catalogue, makes the IDs distinct, and writes, prints and sends to W&B what they are worth."""
+    path, quality_path = (Path(config.data_dir, f"{config.category}_{name}")
+                          for name in ("semantic_ids.parquet", "quality.json"))  # fmt: skip
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
     latents, found, residual_norm = encode_catalogue(model, dataset.embeddings, torch.from_numpy(order))
-    codes = found.cpu().numpy()
-    if config.collisions == "assign":
-        codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])
-        codes = assign_distinct(latents.cpu().double().numpy(), codes, codebooks)
-    elif config.collisions == "suffix":
-        codes = count_within(codes)
+    encoded, start = found.cpu().numpy(), time.perf_counter()
+    written = make_distinct(model, latents, encoded, config.collisions)
+    seconds = time.perf_counter() - start
     back = np.argsort(order)
-    before, codes = found.cpu().numpy()[back], codes[back]  # both in input order from here on
+    encoded, written = encoded[back], written[back]  # both in input order from here on
 
     table = pl.DataFrame({"parent_asin": dataset.parent_asin}).with_columns(
-        pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(codes.T)
+        pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(written.T)
     )
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
-    distinct = table["semantic_id"].n_unique() / len(table)
+    quality = measure_quality(model, dataset.embeddings, encoded, written)
+    distinct = quality["as_written"]["distinct"]
     assert distinct == 1 or config.collisions == "keep", "two items have one ID"
+    quality |= {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
+    tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(path) as temporary:
         table.write_parquet(temporary)
+    with replacing(quality_path) as temporary:
+        temporary.write_text(json.dumps(quality, indent=1) + "\n")
 
-    levels, size = model.config.codebook_quantization_levels, model.config.codebook_size
-    statistics = code_statistics(torch.from_numpy(before), size)
-    unexplained, cosine = reconstruction_quality(model, dataset.embeddings, torch.from_numpy(before).to(found.device))
-    after = torch.from_numpy(codes[:, :levels]).to(found.device)
-    unexplained_after, cosine_after = reconstruction_quality(model, dataset.embeddings, after)
-    moved = (codes[:, :levels] != before).any(1).mean()
-    print(f"\n{len(table):,} items, {levels} levels of {size} codes\n{level_table(statistics)}")
-    print(f"distinct IDs: {statistics.distinct:.2%} as encoded, {distinct:.2%} with --collisions {config.collisions}")
-    print(f"  as encoded: {statistics.singleton:.2%} alone with their ID, at most {statistics.largest} share one")
-    print(f"  moved to another ID of the same length: {moved:.2%} of the items")
-    print(f"unexplained variance: {unexplained:.4f} as encoded, {unexplained_after:.4f} as written")
-    print(f"mean cosine of the reconstruction: {cosine:.4f} as encoded, {cosine_after:.4f} as written")
+    levels = quality["levels"]
+    print(f"\n{len(table):,} items, {len(levels)} levels of {quality['codebook_size']} codes\n{level_table(levels)}")
+    print("unexplained variance and cosine of the reconstruction from the codes down to that level; coherence is the")
+    print(f"mean cosine of items that share them, {show(quality['coherence_of_any_two'], '.3f')} for any two items")
+    print(f"\n{id_table(quality, config.collisions)}")
+    print(f"{quality['moved']:.2%} of the items moved to another ID, in {seconds:.1f} s")
     print(f"mean norm of the last residual: {residual_norm:.3f}")
-    print(f"\nsome first codes and their items:\n{example_prefixes(codes, table['semantic_id'], dataset.labels)}")
-    print(f"\nwrote {path}: {len(table):,} items, {distinct:.2%} distinct IDs")
+    if quality["sampled_items"] < len(table):
+        print(f"variance, cosines and recall are of a sample of {quality['sampled_items']:,} items")
+    print(f"\nsome prefixes and their items:\n{show_tree(tree)}")
+    print(f"\nwrote {path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {quality_path}")
+    if run:
+        send_report(run, quality, tree)
 
 
 # ---------------------------------------------------------------- W&B
@@ -1217,6 +1400,22 @@ def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
     else:
         print(f"W&B: {mode} {run.url or ''}")
     return run
+
+
+def send_report(run, quality: dict, tree: list[Example]) -> None:
+    """Sends W&B the quality figures, a histogram of the codes of each level, and the tree of examples as a table."""
+    size, levels = quality["codebook_size"], quality["levels"]
+    bins = min(size, wandb.Histogram.MAX_LENGTH)
+    histograms = {
+        f"codes/level_{i}": wandb.Histogram(
+            np_histogram=np.histogram(np.arange(size), bins, (0, size), weights=level["items_per_code"])
+        )
+        for i, level in enumerate(levels)
+    }
+    rows = [[line.name, line.items, line.title] for line in tree]
+    run.log(histograms | {"example_prefixes": wandb.Table(["prefix or ID", "items", "title"], rows)})
+    figures = [{name: value for name, value in level.items() if name != "items_per_code"} for level in levels]
+    run.summary["quality"] = quality | {"levels": figures}
 
 
 def upload_best(run, path: Path, config: RQVAEConfig) -> None:
@@ -1306,7 +1505,6 @@ def data_digest(embeddings: Tensor) -> str:
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
     source = Path(config.data_dir, f"{config.category}_items_with_embeddings.parquet")
-    target = Path(config.data_dir, f"{config.category}_semantic_ids.parquet")
     folder = Path(config.checkpoint_dir)
     best_path = folder / "best_model.pth"
     for name, value in asdict(config).items():
@@ -1321,7 +1519,7 @@ def main(argv: list[str] | None = None) -> int:
         model = load_model(best_path, device)
         check_model(best_path, model.config, config, dim)
         check_sizes(n, source, model.config, config.collisions)
-        export(model, dataset, config, target)
+        export(model, dataset, config)
         return 0
 
     if config.item_embedding_dim not in (None, dim):
@@ -1356,7 +1554,7 @@ def main(argv: list[str] | None = None) -> int:
     embeddings = dataset.embeddings.to(device)
     finished, lowest = train(model, embeddings, plan, data, resumed, run)
     if finished:
-        export(load_model(best_path, device), dataset, config, target)
+        export(load_model(best_path, device), dataset, config, run)
     if math.isfinite(lowest):  # else best_model.pth, if there is one, is of an earlier run
         upload_best(run, best_path, config)
     run.finish()

@@ -166,13 +166,17 @@ class Recorder:
     def __init__(self):
         self.id, self.url, self.settings = "run", None, SimpleNamespace(sync_dir="folder")
         self.logs, self.artifacts, self.started, self.finished = [], [], [], 0
+        self.summary, self.report = {}, {}
 
     def init(self, **options) -> "Recorder":
         self.started.append(options)
         return self
 
-    def log(self, values: dict, step: int) -> None:
-        self.logs.append((step, values))
+    def log(self, values: dict, step: int | None = None) -> None:
+        if step is None:
+            self.report |= values
+        else:
+            self.logs.append((step, values))
 
     def log_artifact(self, artifact) -> None:
         self.artifacts.append(artifact)
@@ -249,6 +253,7 @@ def test_run_writes_every_checkpoint_and_no_other_file(trained):
     assert {path.name for path in (trained / "data").iterdir()} == {
         "Tiny_items_with_embeddings.parquet",
         "Tiny_semantic_ids.parquet",
+        "Tiny_quality.json",
     }
 
 
@@ -362,24 +367,85 @@ def test_export_only_takes_the_sizes_from_the_model(copy):
     assert outputs(copy) == before
 
 
+def quality_of(folder: Path) -> dict:
+    return json.loads((folder / "data" / "Tiny_quality.json").read_text())
+
+
 def test_report_is_of_the_ids_that_were_written(copy, capsys):
     run(copy, "--export_only", collisions="keep")
     codes = codes_of(copy)
     counts = np.unique(codes, axis=0, return_counts=True)[1]
-    text = capsys.readouterr().out
-    shown = f"{len(counts) / N:.2%} as encoded, {len(counts) / N:.2%} with --collisions keep"
-    assert f"distinct IDs: {shown}" in text
-    assert f"{(counts == 1).sum() / N:.2%} alone with their ID, at most {counts.max()} share one" in text
+    quality = quality_of(copy)
+    assert quality["collisions"] == "keep"
+    assert quality["moved"] == 0
+    assert quality["as_encoded"] == quality["as_written"]
+    assert quality["as_written"]["distinct"] == pytest.approx(len(counts) / N)
+    assert quality["as_written"]["largest_collision"] == counts.max()
     x = embeddings_of(copy)
     model = train_rqvae.load_model(checkpoints(copy) / "best_model.pth")
     decoded = model.decode_from_semantic_ids(torch.from_numpy(codes).long())
     unexplained = ((x - decoded) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert f"unexplained variance: {unexplained:.4f} as encoded" in text
-    lines = re.findall(r"^    (\d+-\d+-\d+) +(Item \d+)$", text, flags=re.MULTILINE)
-    assert len(lines) > 10
-    names = ids_of(copy).with_columns(title=pl.read_parquet(source(copy))["title"])
-    # each example line pairs an item with its own ID
-    assert set(lines) <= set(zip(names["semantic_id"], names["title"], strict=True))
+    assert quality["as_written"]["unexplained_variance"] == pytest.approx(unexplained.item(), rel=1e-4)
+
+    text = capsys.readouterr().out
+    figures = {"distinct IDs": f"{len(counts) / N:.2%}", "unexplained variance": f"{unexplained:.4f}"}
+    for title, figure in figures.items():
+        assert re.search(rf"^{title} +{figure} +{figure}$", text, flags=re.MULTILINE)
+    for level, found in enumerate(quality["levels"]):
+        assert re.search(rf"^ +{level} +{found['usage']:.1%} +{found['dead_codes']} ", text, flags=re.MULTILINE)
+
+
+def test_examples_are_items_below_their_own_prefixes(copy, capsys):
+    run(copy, "--export_only")
+    tree = capsys.readouterr().out.split("some prefixes and their items:\n")[1].split("\n\n")[0].splitlines()
+    ids = ids_of(copy).with_columns(title=pl.read_parquet(source(copy))["title"])
+    title_of = dict(ids.select("semantic_id", "title").iter_rows())
+    shown, above = 0, ["", "", ""]
+    for line in tree:
+        depth = (len(line) - len(line.lstrip())) // 2
+        name, text = line.split(maxsplit=1)
+        assert depth == 0 or name.startswith(above[depth - 1])
+        above[depth] = name
+        if name.endswith("-"):
+            assert text == f"{ids['semantic_id'].str.starts_with(name).sum()} items"
+        else:
+            assert title_of[name] == text
+            shown += 1
+    assert shown >= 10
+
+
+def test_sampled_figures_say_so(copy, capsys, monkeypatch):
+    run(copy, "--export_only")
+    assert "of a sample of" not in capsys.readouterr().out
+    monkeypatch.setattr(train_rqvae, "QUALITY_ROWS", 100)
+    run(copy, "--export_only")
+    assert "of a sample of 100 items" in capsys.readouterr().out
+    assert quality_of(copy)["sampled_items"] == 100
+
+
+@pytest.mark.parametrize("collisions", ["assign", "suffix", "keep"])
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_every_number_of_levels_has_its_report(tmp_path, capsys, levels, collisions):
+    folder = new_folder(tmp_path)
+    run(folder, codebook_quantization_levels=levels, collisions=collisions, codebook_size=300 if levels == 1 else 20,
+        use_kmeans_init=False)  # fmt: skip
+    quality = quality_of(folder)
+    assert len(quality["levels"]) == levels
+    assert (quality["as_written"]["distinct"] == 1) or collisions == "keep"
+    assert "some prefixes and their items:" in capsys.readouterr().out
+
+
+def test_report_goes_to_wandb(folder, recorder):
+    assert run(folder) == 0
+    quality = quality_of(folder)
+    for level, found in enumerate(quality["levels"]):
+        histogram = recorder.report[f"codes/level_{level}"]
+        assert list(histogram.histogram) == found["items_per_code"]
+    table = recorder.report["example_prefixes"]
+    assert table.columns == ["prefix or ID", "items", "title"]
+    ids = set(ids_of(folder)["semantic_id"])
+    assert {name for name, items, _ in table.data if items == 1} & ids
+    assert recorder.summary["quality"]["as_written"] == quality["as_written"]
 
 
 # ---------------------------------------------------------------- determinism, stop and resume
@@ -494,7 +560,7 @@ def test_training_learns_the_clusters(tmp_path, ema, rotation):
         assert run(folder, use_ema_vq=ema, use_rotation_trick=rotation, collisions="keep", **flags) == 0
         model, x = train_rqvae.load_model(checkpoints(folder) / "best_model.pth"), embeddings_of(folder)
         codes = torch.from_numpy(codes_of(folder)).long()
-        quality[steps] = train_rqvae.reconstruction_quality(model, x, codes)
+        quality[steps] = train_rqvae.reconstruction_quality(x, model.decode_from_semantic_ids(codes))
         statistics = train_rqvae.code_statistics(codes, 16)
     assert quality[1][0] > 0.9
     assert quality[300][0] < 0.3  # the clusters leave about a fifth to noise within them

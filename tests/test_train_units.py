@@ -1,6 +1,7 @@
 """The parts of train_rqvae.py against references: brute force, numpy, scikit-learn and float64 formulas."""
 
 import itertools
+import json
 import math
 from collections import Counter
 
@@ -61,7 +62,7 @@ def started_model(x: Tensor, **changes) -> RQVAE:
     """A model whose codebooks come from k-means, as in training."""
     model = RQVAE(tiny_config(**changes))
     train_rqvae.fit_standardisation(model, x)
-    train_rqvae.start_quantizing(model, x, torch.optim.Adam(model.parameters()), rows_per_step=64, seed=0)
+    train_rqvae.start_quantizing(model, x, [torch.optim.Adam(model.parameters())], rows_per_step=64, seed=0)
     for quantizer in model.quantizers:  # what k-means counted is not what these tests are about
         if isinstance(quantizer, EMAVectorQuantizer):
             quantizer.step_counts.zero_()
@@ -466,7 +467,7 @@ def test_start_of_quantizing_keeps_the_function_and_forgets_the_moments():
     model(x, quantize=False).total.backward()
     optimizer.step()
     before = model.decode(model.encode(x)).detach()
-    train_rqvae.start_quantizing(model, x, optimizer, rows_per_step=64, seed=0)
+    train_rqvae.start_quantizing(model, x, [optimizer], rows_per_step=64, seed=0)
     assert torch.allclose(model.decode(model.encode(x)), before, atol=1e-4)
     assert not optimizer.state
     counts = train_rqvae.code_statistics(model.encode_to_semantic_ids(x), SIZE)
@@ -479,14 +480,14 @@ def test_reset_moves_unused_codes_onto_residuals_and_nothing_else(ema):
     model = started_model(x, use_ema_vq=ema).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(3):
-        train_rqvae.train_step(model, optimizer, x, torch.arange(300), noise=0.0, quantize=True)
+        train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, quantize=True)
     usage = torch.ones(LEVELS, SIZE, dtype=torch.int64)
     usage[0, [1, 4]] = usage[1, 7] = 0
     before, batch = tensors_of(model), x[50:100]
     moments = {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
     kept = {name: {k: v.clone() for k, v in state.items()} for name, state in moments.items()}
 
-    assert train_rqvae.reset_codes(model, batch, usage, optimizer) == 3
+    assert train_rqvae.reset_codes(model, batch, usage, [optimizer]) == 3
 
     assert model.training
     left = model.encode(batch).detach()
@@ -517,7 +518,7 @@ def test_reset_with_every_code_used_changes_nothing():
     model, x = started_model(clusters()), clusters()
     before = tensors_of(model)
     usage = torch.ones(LEVELS, SIZE, dtype=torch.int64)
-    assert train_rqvae.reset_codes(model, x, usage, torch.optim.Adam(model.parameters())) == 0
+    assert train_rqvae.reset_codes(model, x, usage, [torch.optim.Adam(model.parameters())]) == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -679,7 +680,7 @@ def test_accumulating_small_batches_equals_one_large_batch(changes, clip):
         terms = []
         for epoch in range(5):
             rows = train_rqvae.shuffled(torch.arange(300), epoch, 0)
-            result = train_rqvae.train_step(model, optimizer, x, rows, noise=0.0, quantize=True)
+            result = train_rqvae.train_step(model, [optimizer], x, rows, noise=0.0, quantize=True)
             terms.append(torch.cat([result.terms, result.gradient_norm.reshape(1)]))
             assert result.codes.shape == (300, LEVELS)
         models.append((tensors_of(model), torch.stack(terms)))
@@ -694,7 +695,9 @@ def test_step_uses_the_clipped_gradient_and_tells_its_norm_before(clip):
     model = started_model(x, gradient_clip_norm=clip)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    norm = train_rqvae.train_step(model, optimizer, x, torch.arange(300), noise=0.0, quantize=True).gradient_norm.item()
+    norm = train_rqvae.train_step(
+        model, [optimizer], x, torch.arange(300), noise=0.0, quantize=True
+    ).gradient_norm.item()
     moved = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) - before
     assert norm > 0.01
     assert moved.norm().item() == pytest.approx(min(norm, clip or math.inf), rel=1e-3)
@@ -707,7 +710,7 @@ def test_autoencoder_steps_leave_the_codebooks_alone():
         model = RQVAE(tiny_config(use_ema_vq=ema)).train()
         before = tensors_of(model)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        result = train_rqvae.train_step(model, optimizer, x, torch.arange(300), noise=0.0, quantize=False)
+        result = train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, quantize=False)
         assert result.codes is None
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name]) == (name.startswith("quantizers") or "input" in name), name
@@ -721,6 +724,7 @@ def test_code_statistics_are_those_of_numpy():
     found = train_rqvae.code_statistics(torch.from_numpy(codes), 8)
     for level in range(2):
         share = np.bincount(codes[:, level], minlength=8) / 500
+        assert np.array_equal(found.counts[level], share * 500)
         assert found.usage[level] == pytest.approx((share > 0).mean())
         entropy = -sum(p * math.log(p) for p in share if p)
         assert found.perplexity[level] == pytest.approx(math.exp(entropy))
@@ -732,24 +736,12 @@ def test_code_statistics_are_those_of_numpy():
 
 def test_code_statistics_at_the_extremes():
     equal = train_rqvae.code_statistics(torch.zeros(10, 3, dtype=torch.int64), 4)
-    assert equal == ([0.25] * 3, [1.0] * 3, 0.1, 0.0, 10)
+    assert equal[1:] == ([0.25] * 3, [1.0] * 3, 0.1, 0.0, 10)
+    assert equal.counts.tolist() == [[10, 0, 0, 0]] * 3
     codes = torch.tensor(list(itertools.product(range(4), repeat=2)))
     even = train_rqvae.code_statistics(codes, 4)
-    assert even == ([1.0] * 2, [pytest.approx(4.0)] * 2, 1.0, 1.0, 1)
-
-
-def test_reconstruction_quality_is_that_of_numpy(monkeypatch):
-    x = clusters() + 0.2
-    model = started_model(x)
-    ids = model.encode_to_semantic_ids(x)
-    decoded, real = model.decode_from_semantic_ids(ids).double().numpy(), x.double().numpy()
-    unexplained = ((real - decoded) ** 2).sum() / ((real - real.mean(0)) ** 2).sum()
-    norms = np.linalg.norm(real, axis=1) * np.linalg.norm(decoded, axis=1)
-    cosine = ((real * decoded).sum(1) / norms).mean()
-    for rows in (32768, 7):  # however many rows go through at once
-        monkeypatch.setattr(train_rqvae, "ROWS_PER_PASS", rows)
-        found = train_rqvae.reconstruction_quality(model, x, ids)
-        assert found == (pytest.approx(unexplained, rel=1e-4), pytest.approx(cosine, rel=1e-4))
+    assert even[1:] == ([1.0] * 2, [pytest.approx(4.0)] * 2, 1.0, 1.0, 1)
+    assert even.counts.tolist() == [[4] * 4] * 2
 
 
 def test_validation_is_over_the_held_out_rows_and_the_whole_catalogue(monkeypatch):
@@ -772,6 +764,118 @@ def test_validation_is_over_the_held_out_rows_and_the_whole_catalogue(monkeypatc
             assert found[f"catalogue/perplexity_{level}"] == pytest.approx(statistics.perplexity[level], rel=0.05)
         assert found["catalogue/distinct"] == pytest.approx(statistics.distinct, abs=0.01)
         assert found["catalogue/residual_norm"] == pytest.approx(residuals.norm(dim=1).mean().item(), rel=1e-4)
+
+
+# ---------------------------------------------------------------- quality of the IDs
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def test_reconstruction_quality_is_that_of_numpy():
+    x = clusters() + 0.2
+    model = started_model(x)
+    decoded = model.decode_from_semantic_ids(model.encode_to_semantic_ids(x))
+    real, guess = x.double().numpy(), decoded.double().numpy()
+    unexplained = ((real - guess) ** 2).sum() / ((real - real.mean(0)) ** 2).sum()
+    cosine = (unit(real) * unit(guess)).sum(1).mean()
+    found = train_rqvae.reconstruction_quality(x, decoded)
+    assert found == (pytest.approx(unexplained, rel=1e-4), pytest.approx(cosine, rel=1e-4))
+
+
+def test_items_all_alike_have_no_variance_to_explain():
+    x = torch.full((9, 4), 0.3)
+    assert train_rqvae.reconstruction_quality(x, x) == (None, pytest.approx(1))
+
+
+def test_neighbour_recall_is_that_of_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator)
+    decoded = x + torch.randn(200, 6, generator=generator)
+    queries = torch.arange(0, 200, 2)  # more than go through at once, or less
+    shares = []
+    for query in queries.tolist():
+        nearest = []
+        for catalogue in (x, decoded):
+            cosine = unit(catalogue.double().numpy()) @ unit(x.double().numpy())[query]
+            cosine[query] = -2
+            nearest.append(set(np.argsort(-cosine)[:10].tolist()))
+        shares.append(len(nearest[0] & nearest[1]) / 10)
+    found = train_rqvae.neighbour_recall(x, decoded, queries)
+    assert 0.2 < found < 0.8
+    assert found == pytest.approx(np.mean(shares))
+    assert train_rqvae.neighbour_recall(x, 3 * x, torch.arange(200)) == 1  # cosine knows no length
+
+
+def test_neighbour_recall_of_very_few_items():
+    x = torch.randn(4, 3)
+    assert train_rqvae.neighbour_recall(x, -x, torch.arange(4)) == 1  # all the others are among the nearest ten
+    assert train_rqvae.neighbour_recall(x[:1], x[:1], torch.arange(1)) is None
+
+
+def test_coherence_is_the_mean_cosine_of_pairs_that_share_their_codes():
+    generator = np.random.default_rng(0)
+    codes = generator.integers(3, size=(60, 2))
+    x = generator.normal(size=(60, 5)) + 2 * np.eye(5)[codes[:, 0]]
+    cosine = unit(x) @ unit(x).T
+    pairs = ~np.eye(60, dtype=bool)
+    for level in (0, 1, 2):
+        same = (codes[:, None, :level] == codes[None, :, :level]).all(2) & pairs  # (N, N)
+        weights = same / np.maximum(same.sum(1, keepdims=True), 1)  # every item in company counts once
+        expected = (weights * cosine).sum() / weights.sum()
+        found = train_rqvae.coherence(torch.from_numpy(x).float(), codes, level, seed=0)
+        assert found == pytest.approx(expected, abs=0.01)
+
+
+def test_coherence_where_nothing_is_shared():
+    codes = np.arange(5).reshape(5, 1)
+    assert train_rqvae.coherence(torch.randn(5, 3), codes, 1, seed=0) is None
+
+
+def test_quality_is_of_these_ids(monkeypatch):
+    x = clusters()
+    model = started_model(x)
+    encoded = model.encode_to_semantic_ids(x).numpy()
+    written = encoded.copy()
+    written[:30, -1] = (written[:30, -1] + 1) % SIZE
+    quality = train_rqvae.measure_quality(model, x, encoded, written)
+    json.dumps(quality, allow_nan=False)
+    assert quality["items"] == quality["sampled_items"] == len(x)
+    assert quality["moved"] == pytest.approx(30 / len(x))
+    for when, codes in (("as_encoded", encoded), ("as_written", written)):
+        decoded = model.decode_from_semantic_ids(torch.from_numpy(codes))
+        counts = np.unique(codes, axis=0, return_counts=True)[1]
+        unexplained, cosine = train_rqvae.reconstruction_quality(x, decoded)
+        assert quality[when] == {
+            "distinct": pytest.approx(len(counts) / len(x)),
+            "singleton": pytest.approx((counts == 1).sum() / len(x)),
+            "largest_collision": counts.max(),
+            "unexplained_variance": pytest.approx(unexplained),
+            "mean_cosine": pytest.approx(cosine),
+            "recall_at_10": pytest.approx(train_rqvae.neighbour_recall(x, decoded, torch.arange(len(x))), abs=1e-3),
+        }
+    for level, found in enumerate(quality["levels"]):
+        counts = np.bincount(encoded[:, level], minlength=SIZE)
+        assert found["items_per_code"] == counts.tolist()
+        assert found["dead_codes"] == (counts == 0).sum() == round((1 - found["usage"]) * SIZE)
+        share = counts[counts > 0] / len(x)
+        assert found["entropy_ratio"] == pytest.approx(-(share * np.log(share)).sum() / math.log(SIZE))
+        decoded = model.decode_from_semantic_ids(torch.from_numpy(encoded[:, : level + 1]))
+        expected = train_rqvae.reconstruction_quality(x, decoded)
+        assert (found["unexplained_variance"], found["mean_cosine"]) == pytest.approx(expected)
+
+    monkeypatch.setattr(train_rqvae, "QUALITY_ROWS", 50)
+    sampled = train_rqvae.measure_quality(model, x, encoded, written)
+    assert sampled["sampled_items"] == 50
+    assert sampled["as_encoded"]["distinct"] == quality["as_encoded"]["distinct"]  # counts are of all items
+    assert sampled["as_encoded"]["mean_cosine"] != quality["as_encoded"]["mean_cosine"]
+    assert sampled["as_encoded"]["mean_cosine"] == pytest.approx(quality["as_encoded"]["mean_cosine"], abs=0.1)
+
+
+def test_bar_chart_falls_from_the_commonest_code_to_the_rarest():
+    assert train_rqvae.bar_chart([0, 8, 4, 1]) == "█▄▁ "
+    assert train_rqvae.bar_chart([5] * 300) == "█" * train_rqvae.BAR_COLUMNS
 
 
 # ---------------------------------------------------------------- distinct IDs
