@@ -776,9 +776,9 @@ def prefix_keys(codes: np.ndarray, level: int) -> np.ndarray:
     return keys
 
 
-def squared_distances(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
-    """x (n, E), codebook (K, E) -> (n, K)."""
-    return (x**2).sum(1, keepdims=True) + (codebook**2).sum(1) - 2 * x @ codebook.T
+def distances(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
+    """Squared, less what all codes share, |x|^2: x (n, E), codebook (K, E) -> (n, K)."""
+    return (codebook**2).sum(1) - 2 * x @ codebook.T
 
 
 def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, capacity: int) -> np.ndarray:
@@ -791,7 +791,7 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, capaci
     while counts.max() > capacity:
         full = counts.argmax()
         members = np.flatnonzero(codes == full)  # (m)
-        cost = squared_distances(residuals[members], codebook)  # (m, K)
+        cost = distances(residuals[members], codebook)  # (m, K)
         open_cost = np.where(counts < capacity, cost, np.inf)
         target = open_cost.argmin(1)
         loss = open_cost.min(1) - cost[:, full]
@@ -817,18 +817,22 @@ def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarra
         _, keys, counts = np.unique(parents * size + codes[:, level], return_inverse=True, return_counts=True)
         affected = np.flatnonzero(np.isin(parents, parents[counts[keys] > capacity]))
         residuals = latents[affected] - sum(codebooks[above][codes[affected, above]] for above in range(level))
-        for group in group_rows(parents[affected]):
+        groups = group_rows(parents[affected])
+        if level == levels - 1:
+            for some in (groups[i : i + 64] for i in range(0, len(groups), 64)):  # one product for many is faster
+                cost = distances(residuals[np.concatenate(some)], codebooks[level])
+                for group, of_group in zip(some, np.split(cost, np.cumsum(list(map(len, some)))[:-1]), strict=True):
+                    codes[affected[group], level] = linear_sum_assignment(of_group)[1]
+            break
+        for group in groups:
             rows, left = affected[group], residuals[group]  # (n), (n, E)
-            if level == levels - 1:
-                codes[rows, level] = linear_sum_assignment(squared_distances(left, codebooks[level]))[1]
-                continue
             target = spill(codes[rows, level], left, codebooks[level], capacity)
             moved = target != codes[rows, level]
             rows, left = rows[moved], left[moved]
             codes[rows, level] = target[moved]
             for below in range(level + 1, levels):
                 left = left - codebooks[below - 1][codes[rows, below - 1]]
-                codes[rows, below] = squared_distances(left, codebooks[below]).argmin(1)
+                codes[rows, below] = distances(left, codebooks[below]).argmin(1)
         _, parents = np.unique(parents * size + codes[:, level], return_inverse=True)
     return codes
 
