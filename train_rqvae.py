@@ -56,13 +56,14 @@ ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps
 EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
+ASSIGN_COSTS = 2**22  # costs of assignments that are computed at once, for all the items of some prefixes
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
 RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 CHECKPOINT_KEYS = {"model_state_dict", "config", "step", "epoch", "val_loss"}
 RESUME_KEYS = CHECKPOINT_KEYS | {
-    "optimizer_state_dict", "scheduler_state_dict", "random_states", "usage", "lowest_val_loss", "wandb_run_id",
+    "optimizer_states", "scheduler_states", "random_states", "usage", "lowest_val_loss", "wandb_run_id",
     "metrics", "data", "autoencoder_steps",
 }  # fmt: skip
 MODEL_FIELDS = (
@@ -560,11 +561,11 @@ def start_quantizing(model: RQVAE, x: Tensor, optimizers: list[Optimizer], rows_
         diverged("latents became NaN or infinite before k-means")
     init_codebooks(model, rescale_latents(model, latents), rows_per_step, seed)
     for optimizer in optimizers:
-        optimizer.state.clear()  # moments of the weights before the rescaling
+        optimizer.state.clear()  # moments of another loss, and of the weights before the rescaling
 
 
 @torch.no_grad()
-def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizers: list[Optimizer]) -> int:
+def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> int:
     """Moves codes without usage (L, K) onto residuals of the batch x (B, D), state and all; says how many."""
     unused = (usage == 0).cpu()  # (L, K)
 
@@ -575,10 +576,9 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, optimizers: list[Optimiz
         rows = torch.randperm(len(residuals), device=residuals.device).repeat(1 + len(which) // len(residuals))
         codebook = model.quantizers[level].codebook
         model.quantizers[level].set_codes(which, residuals[rows[: len(which)]], torch.ones_like(codebook[which, 0]))
-        for optimizer in optimizers:
-            for moments in optimizer.state.get(codebook, {}).values():
-                if moments.shape == codebook.shape:  # Adam's two; its step count is one number for all codes
-                    moments[which] = 0
+        for moments in adam.state.get(codebook, {}).values():
+            if moments.shape == codebook.shape:  # Adam's two; its step count is one number for all codes
+                moments[which] = 0
 
     if unused.any():
         model.quantize(model.encode(x), before_level=revive)
@@ -819,7 +819,8 @@ def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarra
         residuals = latents[affected] - sum(codebooks[above][codes[affected, above]] for above in range(level))
         groups = group_rows(parents[affected])
         if level == levels - 1:
-            for some in (groups[i : i + 64] for i in range(0, len(groups), 64)):  # one product for many is faster
+            together = max(1, ASSIGN_COSTS // size**2)  # prefixes, of at most K items by now: one product is faster
+            for some in (groups[i : i + together] for i in range(0, len(groups), together)):
                 cost = distances(residuals[np.concatenate(some)], codebooks[level])
                 for group, of_group in zip(some, np.split(cost, np.cumsum(list(map(len, some)))[:-1]), strict=True):
                     codes[affected[group], level] = linear_sum_assignment(of_group)[1]
@@ -876,7 +877,7 @@ def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes a step orthogonal; scaled as in
     arXiv:2502.16982, section 2.2, one learning rate suits both.
     """
-    inner = [layer.weight for mlp in (model.encoder, model.decoder) for layer in mlp[2:-1:2]]
+    inner = [layer.weight for stack in (model.encoder, model.decoder) for layer in stack[2:-1:2]]  # the rest are SiLUs
     others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in inner)]
     optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS)]
     if inner:
@@ -1050,7 +1051,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
     start, lowest, metrics = 0, math.inf, {}
     if resumed:
         model.load_state_dict(resumed["model_state_dict"])
-        states = resumed["optimizer_state_dict"] + resumed["scheduler_state_dict"]
+        states = resumed["optimizer_states"] + resumed["scheduler_states"]
         for each, state in zip(optimizers + schedulers, states, strict=True):
             each.load_state_dict(state)
         usage.copy_(resumed["usage"])
@@ -1069,8 +1070,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                         metrics=metrics, data=data)  # fmt: skip
 
     def save_numbered(step: int) -> None:
-        save(f"checkpoint_step_{step}.pth", step, optimizer_state_dict=[each.state_dict() for each in optimizers],
-             scheduler_state_dict=[each.state_dict() for each in schedulers], random_states=random_states(),
+        save(f"checkpoint_step_{step}.pth", step, optimizer_states=[each.state_dict() for each in optimizers],
+             scheduler_states=[each.state_dict() for each in schedulers], random_states=random_states(),
              usage=usage, lowest_val_loss=lowest, wandb_run_id=run.id,
              autoencoder_steps=plan.autoencoder_steps)  # fmt: skip
 
@@ -1098,7 +1099,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 early = step <= LAST_RESET * plan.total_steps
                 due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
                 if config.reset_unused_codes and early and due:
-                    reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizers)
+                    reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizers[0])
                     usage.zero_()
 
             validating = quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps)
@@ -1166,14 +1167,14 @@ def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float | Non
 
     if neighbours == 0:
         return None
-    return (nearest(x).unsqueeze(2) == nearest(decoded).unsqueeze(1)).any(2).double().mean().item()
+    return (nearest(x).unsqueeze(2) == nearest(decoded).unsqueeze(1)).any(2).float().mean().item()
 
 
 @torch.inference_mode()
 def coherence(x: Tensor, codes: np.ndarray, level: int, seed: int) -> float | None:
     """Mean cosine of two items that share their first `level` codes, of any two at 0: x (N, D), codes (N, L).
 
-    Over COHERENCE_PAIRS random pairs; None where no two items share them.
+    Over COHERENCE_PAIRS random items, each with another of its prefix; None where no two items share one.
     """
     keys = prefix_keys(codes, level)
     order = np.argsort(keys, kind="stable")
@@ -1186,17 +1187,17 @@ def coherence(x: Tensor, codes: np.ndarray, level: int, seed: int) -> float | No
     place = generator.choice(shared, COHERENCE_PAIRS)
     start, size = starts[keys[order[place]]], sizes[keys[order[place]]]
     other = start + (place - start + generator.integers(1, size)) % size  # of the same group, never itself
-    pairs = (torch.from_numpy(order[rows]).to(x.device) for rows in (place, other))
-    return F.cosine_similarity(*(x[rows] for rows in pairs)).mean().item()
+    return F.cosine_similarity(x[order[place]], x[order[other]]).mean().item()
 
 
 def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, written: np.ndarray) -> dict:
     """What the IDs are worth, ready for JSON: codes (N, L) as encoded, and as written, perhaps with a suffix.
 
-    Counts are of the whole catalogue, what needs the embeddings (N, D) of a sample of at most QUALITY_ROWS.
+    Of the whole catalogue, but reconstruction and recall, which are of a sample of at most QUALITY_ROWS embeddings.
     """
-    n, levels, size, device = *encoded.shape, model.config.codebook_size, model.input_mean.device
-    generator = torch.Generator().manual_seed(model.config.seed)
+    n, levels, size, seed = *encoded.shape, model.config.codebook_size, model.config.seed
+    device, statistics = model.input_mean.device, code_statistics(torch.from_numpy(encoded), size)
+    generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
     queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
     x = embeddings[rows].to(device)  # (M, D)
@@ -1205,13 +1206,13 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
         return model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
 
     def of_ids(codes: np.ndarray) -> dict:
-        statistics = code_statistics(torch.from_numpy(codes), int(codes.max()) + 1)
+        ids = code_statistics(torch.from_numpy(codes), int(codes.max()) + 1)
         decoded = decode(codes[:, :levels])
         unexplained, cosine = reconstruction_quality(x, decoded)
         return {
-            "distinct": statistics.distinct,
-            "singleton": statistics.singleton,
-            "largest_collision": statistics.largest,
+            "distinct": ids.distinct,
+            "singleton": ids.singleton,
+            "largest_collision": ids.largest,
             "unexplained_variance": unexplained,
             "mean_cosine": cosine,
             "recall_at_10": neighbour_recall(x, decoded, queries),
@@ -1227,17 +1228,16 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
             "items_per_code": statistics.counts[level].tolist(),
             "unexplained_variance": unexplained,
             "mean_cosine": cosine,
-            "coherence": coherence(x, encoded[rows], level + 1, model.config.seed),
+            "coherence": coherence(embeddings, encoded, level + 1, seed),
         }
 
-    statistics = code_statistics(torch.from_numpy(encoded), size)
     return {
         "items": n,
         "sampled_items": len(rows),
         "recall_queries": len(queries),
         "codebook_size": size,
         "levels": [of_level(level) for level in range(levels)],  # each with those above it
-        "coherence_of_any_two": coherence(x, encoded[rows], 0, model.config.seed),
+        "coherence_of_any_two": coherence(embeddings, encoded, 0, seed),
         "as_encoded": of_ids(encoded),
         "as_written": of_ids(written),
         "moved": float((written[:, :levels] != encoded).any(1).mean()),
@@ -1273,7 +1273,7 @@ def level_table(levels: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def id_table(quality: dict, collisions: str) -> str:
+def id_table(quality: dict) -> str:
     forms = {
         "distinct": ("distinct IDs", ".2%"),
         "singleton": ("items alone with their ID", ".2%"),
@@ -1282,7 +1282,7 @@ def id_table(quality: dict, collisions: str) -> str:
         "mean_cosine": ("mean cosine of the reconstruction", ".4f"),
         "recall_at_10": ("recall@10 of true neighbours", ".4f"),
     }
-    lines = [f"{'':<35}{'as encoded':>12}{f'--collisions {collisions}':>22}"]
+    lines = [f"{'':<35}{'as encoded':>12}{'--collisions ' + quality['collisions']:>22}"]
     for name, (title, form) in forms.items():
         before, after = (show(quality[when][name], form) for when in ("as_encoded", "as_written"))
         lines.append(f"{title:<35}{before:>12}{after:>22}")
@@ -1294,31 +1294,29 @@ class Example(NamedTuple):
 
     depth: int  # 0 for a first code, 1 for a second, 2 for an item
     name: str  # a prefix such as 12-201-, or an item's ID
-    items: int  # that have it
-    title: str  # of an item
+    text: str  # how many items have the prefix, or the item's title
 
 
 def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> list[Example]:
     """First codes spread over the catalogue, their commonest second codes, and items of those: codes (N, L)."""
     groups = group_rows(codes[:, 0])
     groups = [rows for rows in groups if len(rows) >= EXAMPLE_BRANCHES * EXAMPLE_ITEMS] or groups
+    count = lambda rows: f"{len(rows):,} item{'s' * (len(rows) > 1)}"  # noqa: E731
     tree = []
     for pick in np.unique(np.linspace(0, len(groups) - 1, EXAMPLE_PREFIXES).astype(int)):
         rows = groups[pick]
-        tree.append(Example(0, f"{codes[rows[0], 0]}-", len(rows), ""))
+        tree.append(Example(0, f"{codes[rows[0], 0]}-", count(rows)))
         branches = [rows[part] for part in group_rows(prefix_keys(codes[rows], 2))]
         for branch in sorted(branches, key=len, reverse=True)[:EXAMPLE_BRANCHES]:
             if codes.shape[1] > 2:
-                tree.append(Example(1, "-".join(map(str, codes[branch[0], :2])) + "-", len(branch), ""))
-            tree += [Example(2, ids[row], 1, " ".join(labels[row].split())) for row in branch[:EXAMPLE_ITEMS].tolist()]
+                tree.append(Example(1, "-".join(map(str, codes[branch[0], :2])) + "-", count(branch)))
+            tree += [Example(2, ids[row], " ".join(labels[row].split())) for row in branch[:EXAMPLE_ITEMS].tolist()]
     return tree
 
 
 def show_tree(tree: list[Example]) -> str:
-    width = max(len(line.name) for line in tree)
-    return "\n".join(
-        "  " * line.depth + f"{line.name:<{width}}  " + (line.title or f"{line.items:,} items") for line in tree
-    )
+    width = max(len("  " * line.depth + line.name) for line in tree)
+    return "\n".join(f"{'  ' * line.depth + line.name:<{width}}  {line.text}".rstrip() for line in tree)
 
 
 def make_distinct(model: RQVAE, latents: Tensor, codes: np.ndarray, collisions: str) -> np.ndarray:
@@ -1331,12 +1329,13 @@ def make_distinct(model: RQVAE, latents: Tensor, codes: np.ndarray, collisions: 
 
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
     """Encodes the whole catalogue, makes the IDs distinct, and writes, prints and sends to W&B what they are worth."""
-    path, quality_path = (Path(config.data_dir, f"{config.category}_{name}")
-                          for name in ("semantic_ids.parquet", "quality.json"))  # fmt: skip
+    path = Path(config.data_dir, f"{config.category}_semantic_ids.parquet")
+    quality_path = Path(config.data_dir, f"{config.category}_quality.json")
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
-    latents, found, residual_norm = encode_catalogue(model, dataset.embeddings, torch.from_numpy(order))
-    encoded, start = found.cpu().numpy(), time.perf_counter()
+    latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, torch.from_numpy(order))
+    encoded = codes.cpu().numpy()
+    start = time.perf_counter()
     written = make_distinct(model, latents, encoded, config.collisions)
     seconds = time.perf_counter() - start
     back = np.argsort(order)
@@ -1346,13 +1345,14 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
         pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(written.T)
     )
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
-    quality = measure_quality(model, dataset.embeddings, encoded, written)
-    distinct = quality["as_written"]["distinct"]
+    distinct = table["semantic_id"].n_unique() / len(table)
     assert distinct == 1 or config.collisions == "keep", "two items have one ID"
-    quality |= {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
-    tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(path) as temporary:
         table.write_parquet(temporary)
+
+    quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
+    quality |= measure_quality(model, dataset.embeddings, encoded, written)
+    tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(quality_path) as temporary:
         temporary.write_text(json.dumps(quality, indent=1) + "\n")
 
@@ -1360,11 +1360,13 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     print(f"\n{len(table):,} items, {len(levels)} levels of {quality['codebook_size']} codes\n{level_table(levels)}")
     print("unexplained variance and cosine of the reconstruction from the codes down to that level; coherence is the")
     print(f"mean cosine of items that share them, {show(quality['coherence_of_any_two'], '.3f')} for any two items")
-    print(f"\n{id_table(quality, config.collisions)}")
-    print(f"{quality['moved']:.2%} of the items moved to another ID, in {seconds:.1f} s")
+    print(f"\n{id_table(quality)}")
+    if config.collisions == "assign":
+        print(f"{quality['moved']:.2%} of the items moved to another ID, found in {seconds:.1f} s")
     print(f"mean norm of the last residual: {residual_norm:.3f}")
-    if quality["sampled_items"] < len(table):
-        print(f"variance, cosines and recall are of a sample of {quality['sampled_items']:,} items")
+    whole = quality["sampled_items"] == len(table)
+    print(f"recall is of {quality['recall_queries']:,} items", end="" if whole else "; ")
+    print("" if whole else f"it and the reconstruction are of a sample of {quality['sampled_items']:,} items")
     print(f"\nsome prefixes and their items:\n{show_tree(tree)}")
     print(f"\nwrote {path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {quality_path}")
     if run:
@@ -1409,15 +1411,16 @@ def start_wandb(config: RQVAEConfig, values: dict, run_id: str | None):
 def send_report(run, quality: dict, tree: list[Example]) -> None:
     """Sends W&B the quality figures, a histogram of the codes of each level, and the tree of examples as a table."""
     size, levels = quality["codebook_size"], quality["levels"]
-    bins = min(size, wandb.Histogram.MAX_LENGTH)
+    codes_a_bar = math.ceil(size / wandb.Histogram.MAX_LENGTH)
+    edges = np.arange(0, size + codes_a_bar, codes_a_bar)
     histograms = {
         f"codes/level_{i}": wandb.Histogram(
-            np_histogram=np.histogram(np.arange(size), bins, (0, size), weights=level["items_per_code"])
+            np_histogram=np.histogram(np.arange(size), edges, weights=level["items_per_code"])
         )
         for i, level in enumerate(levels)
     }
-    rows = [[line.name, line.items, line.title] for line in tree]
-    run.log(histograms | {"example_prefixes": wandb.Table(["prefix or ID", "items", "title"], rows)})
+    rows = [[line.name, line.text] for line in tree]
+    run.log(histograms | {"example_prefixes": wandb.Table(["prefix or ID", "items or title"], rows)})
     figures = [{name: value for name, value in level.items() if name != "items_per_code"} for level in levels]
     run.summary["quality"] = quality | {"levels": figures}
 

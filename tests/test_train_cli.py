@@ -407,7 +407,8 @@ def test_examples_are_items_below_their_own_prefixes(copy, capsys):
         assert depth == 0 or name.startswith(above[depth - 1])
         above[depth] = name
         if name.endswith("-"):
-            assert text == f"{ids['semantic_id'].str.starts_with(name).sum()} items"
+            count = ids["semantic_id"].str.starts_with(name).sum()
+            assert text == f"{count} item{'s' * (count > 1)}"
         else:
             assert title_of[name] == text
             shown += 1
@@ -416,7 +417,9 @@ def test_examples_are_items_below_their_own_prefixes(copy, capsys):
 
 def test_sampled_figures_say_so(copy, capsys, monkeypatch):
     run(copy, "--export_only")
-    assert "of a sample of" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"recall is of {N} items\n" in text
+    assert "of a sample of" not in text
     monkeypatch.setattr(train_rqvae, "QUALITY_ROWS", 100)
     run(copy, "--export_only")
     assert "of a sample of 100 items" in capsys.readouterr().out
@@ -429,10 +432,20 @@ def test_every_number_of_levels_has_its_report(tmp_path, capsys, levels, collisi
     folder = new_folder(tmp_path)
     run(folder, codebook_quantization_levels=levels, collisions=collisions, codebook_size=300 if levels == 1 else 20,
         use_kmeans_init=False)  # fmt: skip
-    quality = quality_of(folder)
-    assert len(quality["levels"]) == levels
-    assert (quality["as_written"]["distinct"] == 1) or collisions == "keep"
-    assert "some prefixes and their items:" in capsys.readouterr().out
+    columns = [f"semantic_id_{level}" for level in range(levels + (collisions == "suffix"))]
+    assert ids_of(folder).columns == ["parent_asin", *columns, "semantic_id"]
+    assert len(quality_of(folder)["levels"]) == levels
+    text = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d+ +[\d.]+% +\d+ +[\d.]+ +[\d.]+ +\d+ ", text, flags=re.MULTILINE)) == levels
+    assert ("moved to another ID" in text) == (collisions == "assign")
+
+
+def test_more_codes_than_bars_share_them_evenly(recorder):
+    levels = [{"items_per_code": [1] * 1300}]
+    train_rqvae.send_report(recorder, {"codebook_size": 1300, "levels": levels}, [])
+    histogram = recorder.report["codes/level_0"].histogram
+    assert sum(histogram) == 1300
+    assert set(histogram[:-1]) == {3}
 
 
 def test_report_goes_to_wandb(folder, recorder):
@@ -442,9 +455,11 @@ def test_report_goes_to_wandb(folder, recorder):
         histogram = recorder.report[f"codes/level_{level}"]
         assert list(histogram.histogram) == found["items_per_code"]
     table = recorder.report["example_prefixes"]
-    assert table.columns == ["prefix or ID", "items", "title"]
-    ids = set(ids_of(folder)["semantic_id"])
-    assert {name for name, items, _ in table.data if items == 1} & ids
+    assert table.columns == ["prefix or ID", "items or title"]
+    ids = ids_of(folder).with_columns(title=pl.read_parquet(source(folder))["title"])
+    shown = {(name, text) for name, text in table.data if not name.endswith("-")}
+    assert shown
+    assert shown <= set(ids.select("semantic_id", "title").iter_rows())
     assert recorder.summary["quality"]["as_written"] == quality["as_written"]
 
 
@@ -1146,9 +1161,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_runs_nothing(copy, train
     assert same_tensors(load(copy), load(trained))
 
 
-@pytest.mark.parametrize(
-    "key", ["model_state_dict", "config", "step", "optimizer_state_dict", "random_states", "usage"]
-)
+@pytest.mark.parametrize("key", ["model_state_dict", "config", "step", "optimizer_states", "random_states", "usage"])
 def test_a_checkpoint_without_all_that_a_resume_needs_is_passed_over(copy, trained, key):
     path = checkpoints(copy) / "checkpoint_step_20.pth"
     torch.save({name: value for name, value in load(copy, path.stem).items() if name != key}, path)
