@@ -12,9 +12,9 @@ as many steps, with the same schedule of the learning rate:
 ours               train_rqvae.py by its command line with the flags that the README names for small catalogues;
                    codes of best_model.pth as encoded, and the distinct IDs as written
 usual recipe       our model with the mean squared error of unit vectors, k-means of an untrained encoder's latents
-                   and the rotation trick, by Adam
+                   and the rotation trick; Adam, peak learning rate 3e-4; unused codes are reset as in ours
 ResidualVQ         of vector-quantize-pytorch, k-means and dead codes as its README shows, inputs standardised as
-                   ours are, by Adam; --peer_rotation and --peer_lr are the best of those tried on Office
+                   ours are; Adam, peak learning rate --peer_lr; straight-through, or --peer_rotation
 faiss              ResidualQuantizer, codebooks refined, default beam search, in the space of the embeddings
 residual k-means   of scikit-learn, in the space of the embeddings
 
@@ -87,11 +87,10 @@ def ours(task: Task) -> System:
     return System(model.encode_to_semantic_ids, model.decode_from_semantic_ids, written)
 
 
-def fit(parameters, loss_of: Callable[[Tensor], Tensor], task: Task, max_lr: float) -> None:
-    """Adam over shuffled batches, with the schedule of train_rqvae.py."""
+def fit(optimizer: torch.optim.Adam, loss_of: Callable[[Tensor], Tensor], task: Task, max_lr: float) -> None:
+    """Takes steps over shuffled batches, with the schedule of train_rqvae.py."""
     flags = task.flags
     config = train_rqvae.RQVAEConfig(max_lr=max_lr)
-    optimizer = torch.optim.Adam(parameters, lr=max_lr)
     generator = torch.Generator().manual_seed(task.seed)
     batch_size = min(flags.batch_size, len(task.x))
     epochs = (torch.randperm(len(task.x), generator=generator) for _ in itertools.count())
@@ -112,13 +111,21 @@ def usual_recipe(task: Task) -> System:
         latents = model.encode(task.x)
     train_rqvae.init_codebooks(model, latents, task.flags.batch_size, task.seed)
 
+    optimizer = torch.optim.Adam(model.parameters())
+    usage, steps = torch.zeros(LEVELS, SIZE, dtype=torch.int64), itertools.count(1)
+
     def loss_of(x: Tensor) -> Tensor:
-        latents = model.encode(x)
-        quantized = model.quantize(latents)
+        step = next(steps)
+        quantized = model.quantize(model.encode(x))
+        usage.scatter_add_(1, quantized.codes.T, torch.ones_like(quantized.codes.T))
+        if step % config.steps_per_codebook_reset == 0 and step < train_rqvae.LAST_RESET * task.flags.max_steps:
+            train_rqvae.reset_codes(model, x, usage, optimizer)
+            usage.zero_()
+            quantized = model.quantize(model.encode(x))
         vq = (quantized.codebook_losses + config.commitment_weight * quantized.commitment_losses).sum()
         return F.mse_loss(model.decode(quantized.vectors), x) + vq
 
-    fit(model.parameters(), loss_of, task, task.flags.peer_lr)
+    fit(optimizer, loss_of, task, config.max_lr)
     return System(model.encode_to_semantic_ids, model.decode_from_semantic_ids)
 
 
@@ -135,7 +142,7 @@ def residual_vq(task: Task) -> System:
         quantized, _, commitment = quantizer(shell.encode(x).unsqueeze(0))
         return F.mse_loss(shell.decoder(quantized.squeeze(0)), shell.standardise(x)) + commitment.sum()
 
-    fit([*shell.encoder.parameters(), *shell.decoder.parameters()], loss_of, task, task.flags.peer_lr)
+    fit(torch.optim.Adam([*shell.encoder.parameters(), *shell.decoder.parameters()]), loss_of, task, task.flags.peer_lr)
     quantizer.eval()
     return System(
         encode=lambda x: quantizer(shell.encode(x).unsqueeze(0))[1].squeeze(0),
@@ -254,7 +261,7 @@ def main() -> None:
     parser.add_argument("--max_steps", type=int, default=1500)
     parser.add_argument("--batch_size", type=int, default=1024)
     parser.add_argument("--ours", default="--max_lr 1e-2", help="more flags of train_rqvae.py (%(default)s)")
-    parser.add_argument("--peer_lr", type=float, default=1e-3, help="of the other networks (%(default)s)")
+    parser.add_argument("--peer_lr", type=float, default=1e-3, help="of ResidualVQ (%(default)s)")
     parser.add_argument("--peer_rotation", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
