@@ -162,7 +162,7 @@ def read_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> pl.DataFram
     if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, f"not found, though {tokens_path} was made from it", "put the catalogue back")
     try:
-        catalogue = pl.read_parquet(path)
+        catalogue = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
     if "embedding" in catalogue.columns:

@@ -95,11 +95,11 @@ def read_catalogue(path: Path) -> pl.DataFrame:
     if not os.path.isfile(path):  # false, too, where it cannot be looked at
         fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
     try:
-        columns = pl.read_parquet_schema(path)
+        columns = pl.scan_parquet(path, glob=False).collect_schema()
         for name in ("parent_asin", "item_context"):
             if name not in columns:
                 fail(path, f"no column {name} among {', '.join(columns)}", "rename one or add it")
-        catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"])
+        catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"], glob=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
     if catalogue.height == 0:

@@ -224,17 +224,15 @@ class EmbeddingDataset(Dataset):
         if not os.path.isfile(path):  # false, too, where it cannot be looked at
             fail(path, "not found", "run embed_items.py first")
         try:
-            columns = pl.read_parquet_schema(path)
+            file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
+            columns = file.collect_schema()
             for name in ("parent_asin", "embedding"):
                 if name not in columns:
                     fail(path, f"no column {name} among {', '.join(columns)}", again)
             named = [name for name in ("title", "item_context", "parent_asin") if columns.get(name) == pl.String]
-            label = pl.coalesce(pl.col(named).str.slice(0, LABEL_LENGTH)) if named else pl.lit("")
-            table = (
-                pl.scan_parquet(path, n_rows=num_rows)
-                .select("parent_asin", "embedding", label.alias("label"))
-                .collect()
-            )
+            texts = pl.col(named).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH)
+            label = pl.coalesce(texts) if named else pl.lit("")
+            table = file.select("parent_asin", "embedding", label.alias("label")).collect()
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
         if table.height == 0:
@@ -527,7 +525,8 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
     """
     mean = latents.mean(0)
     scale = (latents - mean).std()
-    scale = scale if scale > ROUNDING else torch.ones_like(scale)
+    alike = scale.square() <= ROUNDING * latents.square().mean()  # nothing but rounding tells them apart
+    scale = torch.ones_like(scale) if alike else scale
     last, first = model.encoder[-1], model.decoder[0]
     last.bias.sub_(mean).div_(scale)
     last.weight.div_(scale)
@@ -1235,6 +1234,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
         "items": n,
         "sampled_items": len(rows),
         "recall_queries": len(queries),
+        "coherence_pairs": COHERENCE_PAIRS,
         "codebook_size": size,
         "levels": [of_level(level) for level in range(levels)],  # each with those above it
         "coherence_of_any_two": coherence(embeddings, encoded, 0, seed),
@@ -1289,6 +1289,11 @@ def id_table(quality: dict) -> str:
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """On one line, without what would steer the terminal; zero-width joiners stay, for emoji."""
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable() or letter == "\u200d")
+
+
 class Example(NamedTuple):
     """A line of the tree of examples."""
 
@@ -1305,12 +1310,13 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> list[E
     tree = []
     for pick in np.unique(np.linspace(0, len(groups) - 1, EXAMPLE_PREFIXES).astype(int)):
         rows = groups[pick]
-        tree.append(Example(0, f"{codes[rows[0], 0]}-", count(rows)))
+        if codes.shape[1] > 1:
+            tree.append(Example(0, f"{codes[rows[0], 0]}-", count(rows)))
         branches = [rows[part] for part in group_rows(prefix_keys(codes[rows], 2))]
         for branch in sorted(branches, key=len, reverse=True)[:EXAMPLE_BRANCHES]:
             if codes.shape[1] > 2:
                 tree.append(Example(1, "-".join(map(str, codes[branch[0], :2])) + "-", count(branch)))
-            tree += [Example(2, ids[row], " ".join(labels[row].split())) for row in branch[:EXAMPLE_ITEMS].tolist()]
+            tree += [Example(2, ids[row], printable(labels[row])) for row in branch[:EXAMPLE_ITEMS].tolist()]
     return tree
 
 
@@ -1347,19 +1353,18 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
     distinct = table["semantic_id"].n_unique() / len(table)
     assert distinct == 1 or config.collisions == "keep", "two items have one ID"
-    with replacing(path) as temporary:
-        table.write_parquet(temporary)
-
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
     tree = example_tree(written, table["semantic_id"], dataset.labels)
-    with replacing(quality_path) as temporary:
-        temporary.write_text(json.dumps(quality, indent=1) + "\n")
+    with replacing(path) as ids_file, replacing(quality_path) as quality_file:  # both or none
+        table.write_parquet(ids_file)
+        quality_file.write_text(json.dumps(quality, indent=1) + "\n")
 
     levels = quality["levels"]
     print(f"\n{len(table):,} items, {len(levels)} levels of {quality['codebook_size']} codes\n{level_table(levels)}")
-    print("unexplained variance and cosine of the reconstruction from the codes down to that level; coherence is the")
-    print(f"mean cosine of items that share them, {show(quality['coherence_of_any_two'], '.3f')} for any two items")
+    any_two = show(quality["coherence_of_any_two"], ".3f")
+    print("unexplained variance and cosine: of the reconstruction from the codes down to that level; coherence: mean")
+    print(f"cosine of items that share them, {any_two} for any two items, over {COHERENCE_PAIRS:,} random pairs")
     print(f"\n{id_table(quality)}")
     if config.collisions == "assign":
         print(f"{quality['moved']:.2%} of the items moved to another ID, found in {seconds:.1f} s")

@@ -109,7 +109,7 @@ def load(folder: Path, name: str = "final_model") -> dict:
 
 
 def ids_of(folder: Path) -> pl.DataFrame:
-    return pl.read_parquet(folder / "data" / "Tiny_semantic_ids.parquet")
+    return pl.read_parquet(folder / "data" / "Tiny_semantic_ids.parquet", glob=False)
 
 
 def codes_of(folder: Path, levels: int = LEVELS) -> np.ndarray:
@@ -413,6 +413,30 @@ def test_examples_are_items_below_their_own_prefixes(copy, capsys):
             assert title_of[name] == text
             shown += 1
     assert shown >= 10
+
+
+@pytest.mark.parametrize("switch", [[], ["--export_only"]], ids=["train", "export"])
+def test_ids_and_their_report_are_written_both_or_not_at_all(copy, refused, switch):
+    (copy / "data" / "Tiny_quality.json").unlink()
+    (copy / "data" / "Tiny_quality.json").mkdir()
+    before = ids_of(copy)
+    refused(copy, *switch, files_stay=bool(switch), collisions="suffix")
+    assert ids_of(copy).equals(before)
+
+
+def test_a_folder_is_no_pattern(tmp_path):
+    folder = new_folder(tmp_path / "[x]*")
+    assert run(folder) == 0
+    assert len(ids_of(folder)) == N
+
+
+def test_titles_cannot_steer_the_terminal(copy, capsys):
+    odd = "\x1b[31mRED\x07\u202e \n 👩\u200d💻"
+    pl.read_parquet(source(copy)).with_columns(title=pl.lit(odd)).write_parquet(source(copy))
+    run(copy, "--export_only")
+    text = capsys.readouterr().out
+    assert "  [31mRED 👩\u200d💻\n" in text
+    assert not set(text) & set("\x1b\x07\u202e")
 
 
 def test_sampled_figures_say_so(copy, capsys, monkeypatch):
