@@ -3,13 +3,13 @@
     pip install -r requirements.txt -r tests/bench/requirements.txt
     python tests/bench/bench_quality.py OUT/Office_items_with_embeddings.parquet --max_steps 1500
     python tests/bench/bench_quality.py OUT/Debian_items_with_embeddings.parquet --max_steps 5859 \\
-        --ours "--max_lr 1e-2 --input_noise 0.3 --input_mixing 0.3"
+        --ours "--max_lr 1e-2 --input_noise 0.2 --input_mixing 0.3"
 
 (make_debian_catalogue.py makes the second one.) Of every catalogue 5% of the rows, others for each seed, are
 shown to no system. All have 3 levels of 256 codes; the three networks have the same MLP and see as many items, in
 as many steps, with the same schedule of the learning rate:
 
-ours               train_rqvae.py by its command line with the flags that the README names for small catalogues;
+ours               train_rqvae.py by its command line with the flags that the README names for such catalogues;
                    codes of best_model.pth as encoded, and the distinct IDs as written
 usual recipe       our model with the mean squared error of unit vectors, k-means of an untrained encoder's latents
                    and the rotation trick; Adam, peak learning rate 3e-4; unused codes are reset as in ours
