@@ -699,6 +699,8 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():  # told now, not after the work
+            raise IsADirectoryError("a folder has that name")
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -1356,9 +1358,10 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
     tree = example_tree(written, table["semantic_id"], dataset.labels)
-    with replacing(path) as ids_file, replacing(quality_path) as quality_file:  # both or none
+    with replacing(path) as ids_file:
         table.write_parquet(ids_file)
-        quality_file.write_text(json.dumps(quality, indent=1) + "\n")
+        with replacing(quality_path) as quality_file:  # before the IDs take their place: both or none
+            quality_file.write_text(json.dumps(quality, indent=1) + "\n")
 
     levels = quality["levels"]
     print(f"\n{len(table):,} items, {len(levels)} levels of {quality['codebook_size']} codes\n{level_table(levels)}")
