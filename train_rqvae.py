@@ -48,15 +48,19 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
-ROWS_PER_PASS = 32768  # rows encoded at once outside training
+ROWS_PER_PASS = 4096  # rows encoded at once outside training
+SEARCH_WIDTH = 16  # IDs of each item that are decoded to find the best
+TRAINING_SEARCH_WIDTH = 4  # the same in training and validation, which pay for it again and again
+SEARCH_FROM = 0.6  # of all steps: before, the nearest codes are good enough to learn from
 KMEANS_ROWS = 200_000  # of a larger catalogue k-means takes a sample, to bound its time
-RECONSTRUCTION_WEIGHT = 3.0  # against the quantization losses; the codes spread more evenly than at 1
+RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; the codes spread more evenly than at 1
+ERROR_SCALE = 0.5  # share of the variance; above it, an item's error counts less and less, so that similar items differ
 ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
 EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
-ASSIGN_COSTS = 2**22  # costs of assignments that are computed at once, for all the items of some prefixes
+PREFIXES_PER_PASS = 64  # of those with collisions: all the IDs that start with them are decoded at once
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
 RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
@@ -327,10 +331,10 @@ class VectorQuantizer(nn.Module):
     def register_codebook(self, codebook: Tensor) -> None:
         self.codebook = nn.Parameter(codebook)
 
-    def forward(self, x: Tensor) -> QuantizerOutput:
-        """Quantizes x (B, E) in float32."""
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
+        """Quantizes x (B, E) in float32, by the nearest codes or by those given (B)."""
         x = x.float()
-        codes = nearest_codes(x.detach(), self.codebook.detach())
+        codes = nearest_codes(x.detach(), self.codebook.detach()) if codes is None else codes
         vectors = F.embedding(codes, self.codebook)  # (B, E); indexing sums its gradient in no fixed order
         return QuantizerOutput(
             codes=codes,
@@ -366,9 +370,9 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.register_buffer("step_counts", torch.zeros(len(codebook)), persistent=False)
         self.register_buffer("step_sums", torch.zeros_like(codebook), persistent=False)
 
-    def forward(self, x: Tensor) -> QuantizerOutput:
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
         """Quantizes x (B, E) in float32; in training, also counts it for the averages."""
-        output = super().forward(x)
+        output = super().forward(x, codes)
         if self.training and torch.is_grad_enabled():  # a step, and not a look at the catalogue
             self.step_counts.index_add_(0, output.codes, torch.ones_like(output.codes, dtype=torch.float32))
             self.step_sums.index_add_(0, output.codes, x.detach().float())
@@ -406,10 +410,14 @@ class Quantized(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The terms of total = reconstruction + sum over levels (codebook + beta commitment), each a mean over B."""
+    """The terms of total = reconstruction + sum over levels (codebook + beta commitment), each a mean over B.
+
+    Of an item's mean square error e over D, standardised, the reconstruction is RECONSTRUCTION_WEIGHT c log(1 + e / c)
+    with c = ERROR_SCALE, the Cauchy loss (Barron, arXiv:1701.03077, equation 7).
+    """
 
     total: Tensor  # ()
-    reconstruction: Tensor  # () RECONSTRUCTION_WEIGHT x the mean square over B and D, standardised
+    reconstruction: Tensor  # ()
     vq: Tensor  # ()
     quantized: Quantized
 
@@ -457,18 +465,24 @@ class RQVAE(nn.Module):
         """Embeddings as stored: (B, E) -> (B, D)."""
         return self.decoder(latents) * self.input_scale + self.input_mean
 
-    def quantize(self, latents: Tensor, before_level: Callable[[int, Tensor], None] | None = None) -> Quantized:
-        """The residual walk, the only one: each level quantizes what those above left of latents (B, E).
+    def quantize(
+        self,
+        latents: Tensor,
+        codes: Tensor | None = None,
+        before_level: Callable[[int, Tensor], None] | None = None,
+    ) -> Quantized:
+        """The residual walk: each level quantizes what those above left of latents (B, E).
 
-        `before_level(level, residuals)` may change the level's codebook before it is used. The gradient passes
-        the sum of the codes once: level by level, the encoder would get it L times.
+        By the nearest codes, or by those given (B, L). `before_level(level, residuals)` may change the level's
+        codebook before it is used. The gradient passes the sum of the codes once: level by level, the encoder would
+        get it L times.
         """
         latents = latents.float()
         residuals, outputs = latents, []
         for level, quantizer in enumerate(self.quantizers):
             if before_level:
                 before_level(level, residuals.detach())
-            outputs.append(quantizer(residuals))
+            outputs.append(quantizer(residuals, None if codes is None else codes[:, level]))
             residuals = residuals - outputs[-1].vectors
         return Quantized(
             vectors=self.estimator(latents, sum(output.vectors for output in outputs)),
@@ -478,27 +492,55 @@ class RQVAE(nn.Module):
             residuals=residuals,
         )
 
-    def decode_levels(self, ids: Tensor) -> Tensor:
-        """Sum of the codes of an ID or of its first levels: ids (B, l) with l <= L -> (B, E)."""
-        return sum(self.quantizers[level].codebook[ids[:, level]] for level in range(ids.shape[1]))
+    @torch.no_grad()
+    def search(self, latents: Tensor, target: Tensor, width: int) -> Tensor:
+        """Codes of the ID that decodes nearest to target, of `width` likely ones: latents (B, E) -> (B, L).
 
-    def forward(self, x: Tensor, target: Tensor | None = None, quantize: bool = True) -> Losses:
-        """Losses of x (B, D) against target (B, D), x itself by default; unquantized, a plain autoencoder."""
-        latents = self.encode(x)
-        if quantize:
-            quantized = self.quantize(latents)
+        A beam search, as in Babenko and Lempitsky's additive quantization (CVPR 2014): level by level, the `width`
+        prefixes (W) with the smallest residuals stay. Which of these IDs is best only the decoder knows, as distances
+        between latents are not those between embeddings. target (B, D) is standardised.
+        """
+        residuals = latents.float().unsqueeze(1)  # (B, W, E), W is 1 at first
+        codes = torch.empty(*residuals.shape[:2], 0, dtype=torch.int64, device=latents.device)  # (B, W, l)
+        for quantizer in self.quantizers:
+            book = quantizer.codebook
+            distance = book.square().sum(1) - 2 * residuals @ book.T + residuals.square().sum(2, keepdim=True)
+            distance = distance.flatten(1)  # (B, W K)
+            best = distance.topk(min(width, distance.shape[1]), largest=False).indices  # (B, W of the next level)
+            prefix, code = (best // len(book)).unsqueeze(2), best % len(book)
+            codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
+            residuals = residuals.gather(1, prefix.expand(-1, -1, book.shape[1])) - book[code]
+        decoded = self.decoder(latents.unsqueeze(1) - residuals)  # (B, W, D)
+        nearest = (decoded - target.unsqueeze(1)).square().sum(2).argmin(1)  # (B)
+        return codes[torch.arange(len(codes), device=codes.device), nearest]
+
+    def decode_levels(self, ids: Tensor) -> Tensor:
+        """Sum of the codes of an ID or of its first levels, if any: ids (B, l) with l <= L -> (B, E)."""
+        nothing = self.quantizers[0].codebook.new_zeros(len(ids), self.config.codebook_embedding_dim)
+        return sum((self.quantizers[level].codebook[ids[:, level]] for level in range(ids.shape[1])), start=nothing)
+
+    def forward(self, x: Tensor, target: Tensor | None = None, width: int = SEARCH_WIDTH) -> Losses:
+        """Losses of x (B, D) against target (B, D), x itself by default.
+
+        The codes are the best of `width` IDs: the nearest ones at 1, and none, as in a plain autoencoder, at 0.
+        """
+        latents, target = self.encode(x), self.standardise(x if target is None else target)
+        if width:
+            codes = self.search(latents.detach(), target, width) if width > 1 else None
+            quantized = self.quantize(latents, codes)
             vq = (quantized.codebook_losses + self.config.commitment_weight * quantized.commitment_losses).sum()
         else:
             quantized, vq = None, latents.new_zeros(())
-        decoded = self.decoder(quantized.vectors if quantize else latents)
-        target = self.standardise(x if target is None else target)
-        reconstruction = RECONSTRUCTION_WEIGHT * F.mse_loss(decoded, target)
+        decoded = self.decoder(quantized.vectors if width else latents)
+        errors = (decoded - target).square().mean(1)  # (B)
+        reconstruction = RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
         return Losses(reconstruction + vq, reconstruction, vq, quantized)
 
     @torch.no_grad()
-    def encode_to_semantic_ids(self, x: Tensor) -> Tensor:
+    def encode_to_semantic_ids(self, x: Tensor, width: int = SEARCH_WIDTH) -> Tensor:
         """Codes of embeddings as stored: x (B, D) -> (B, L) int64; equal for items that collide."""
-        return self.quantize(self.encode(x)).codes
+        parts = x.split(ROWS_PER_PASS)
+        return torch.cat([self.search(self.encode(part), self.standardise(part), width) for part in parts])
 
     @torch.no_grad()
     def decode_from_semantic_ids(self, ids: Tensor) -> Tensor:
@@ -618,14 +660,16 @@ def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
 
 
 @torch.inference_mode()
-def encode_catalogue(model: RQVAE, embeddings: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+def encode_catalogue(
+    model: RQVAE, embeddings: Tensor, width: int = SEARCH_WIDTH, order: Tensor | None = None
+) -> tuple[Tensor, Tensor, float]:
     """Latents (N, E) and codes (N, L) of embeddings (N, D), in `order` (N), and the mean norm of the last residual."""
     order = torch.arange(len(embeddings), device=embeddings.device) if order is None else order
     parts = []
     for rows in order.split(ROWS_PER_PASS):
-        latents = model.encode(embeddings[rows].to(model.input_mean.device)).float()
-        quantized = model.quantize(latents)
-        parts.append((latents, quantized.codes, quantized.residuals.norm(dim=1)))
+        x = embeddings[rows].to(model.input_mean.device)
+        latents, codes = model.encode(x).float(), model.encode_to_semantic_ids(x, width)
+        parts.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
     latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
     return latents, codes, norms.mean().item()
 
@@ -654,8 +698,9 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
     model.eval()
     terms = 0.0
     for rows in val_rows.split(ROWS_PER_PASS):
-        terms = terms + loss_terms(model(embeddings[rows]), config) * (len(rows) / len(val_rows))
-    _, codes, residual_norm = encode_catalogue(model, embeddings)
+        losses = model(embeddings[rows], width=TRAINING_SEARCH_WIDTH)
+        terms = terms + loss_terms(losses, config) * (len(rows) / len(val_rows))
+    _, codes, residual_norm = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)
     model.train()
     statistics = code_statistics(codes, config.codebook_size)
     metrics = loss_metrics("val", terms, config) | {
@@ -803,12 +848,19 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, capaci
     return codes
 
 
-def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+def assign_distinct(
+    latents: np.ndarray,
+    codes: np.ndarray,
+    codebooks: np.ndarray,
+    last_costs: Callable[[list[np.ndarray], np.ndarray], list[np.ndarray]],
+) -> np.ndarray:
     """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> codes (N, L).
 
     From the first level down, a prefix that more items share than IDs start with it gives some to the next
-    nearest; at the last level, the items of a prefix get different codes at the least sum of squared distances
-    (scipy.optimize.linear_sum_assignment). Only prefixes with collisions change. Needs N <= K^L.
+    nearest; at the last level, the items of a prefix get different codes at the least total cost
+    (scipy.optimize.linear_sum_assignment): last_costs(groups, prefixes) gives those of n items with each last code,
+    (n, K), for groups of rows with their prefixes (groups, L - 1). Only prefixes with collisions change. Needs
+    N <= K^L.
     """
     codes, (levels, size, _) = codes.copy(), codebooks.shape
     assert len(codes) <= size**levels, "more items than IDs"
@@ -817,17 +869,16 @@ def assign_distinct(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarra
         capacity = size ** (levels - 1 - level)  # IDs below each code of this level
         _, keys, counts = np.unique(parents * size + codes[:, level], return_inverse=True, return_counts=True)
         affected = np.flatnonzero(np.isin(parents, parents[counts[keys] > capacity]))
-        residuals = latents[affected] - sum(codebooks[above][codes[affected, above]] for above in range(level))
-        groups = group_rows(parents[affected])
+        groups = [affected[group] for group in group_rows(parents[affected])]
         if level == levels - 1:
-            together = max(1, ASSIGN_COSTS // size**2)  # prefixes, of at most K items by now: one product is faster
-            for some in (groups[i : i + together] for i in range(0, len(groups), together)):
-                cost = distances(residuals[np.concatenate(some)], codebooks[level])
-                for group, of_group in zip(some, np.split(cost, np.cumsum(list(map(len, some)))[:-1]), strict=True):
-                    codes[affected[group], level] = linear_sum_assignment(of_group)[1]
+            for i in range(0, len(groups), PREFIXES_PER_PASS):
+                some = groups[i : i + PREFIXES_PER_PASS]
+                prefixes = codes[[group[0] for group in some], :-1]
+                for group, cost in zip(some, last_costs(some, prefixes), strict=True):
+                    codes[group, level] = linear_sum_assignment(cost)[1]
             break
-        for group in groups:
-            rows, left = affected[group], residuals[group]  # (n), (n, E)
+        for rows in groups:
+            left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
             target = spill(codes[rows, level], left, codebooks[level], capacity)
             moved = target != codes[rows, level]
             rows, left = rows[moved], left[moved]
@@ -927,24 +978,27 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, quantize: bool
+    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, width: int
 ) -> StepResult:
-    """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step."""
+    """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step.
+
+    `width` is that of RQVAE.forward: 0 for a step as a plain autoencoder.
+    """
     config, terms, codes = model.config, 0.0, []
     for batch in rows.split(config.batch_size):
         share = len(batch) / len(rows)
-        losses = model(*augment(embeddings[batch], model, noise, config.input_mixing), quantize)
+        losses = model(*augment(embeddings[batch], model, noise, config.input_mixing), width)
         (losses.total * share).backward()
         terms = terms + loss_terms(losses, config).detach() * share
-        codes += [losses.quantized.codes] if quantize else []
+        codes += [losses.quantized.codes] if width else []
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm or math.inf)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    if quantize:
+    if width:
         for quantizer in model.quantizers:
             quantizer.end_step()
-    return StepResult(terms, torch.cat(codes) if quantize else None, norm)
+    return StepResult(terms, torch.cat(codes) if width else None, norm)
 
 
 def step_metrics(step: int, result: StepResult, config: RQVAEConfig) -> dict[str, float]:
@@ -1091,7 +1145,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 )
             quantize = step > plan.autoencoder_steps
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
-            result = train_step(model, optimizers, embeddings, rows, noise, quantize)
+            width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * plan.total_steps else 1
+            result = train_step(model, optimizers, embeddings, rows, noise, width if quantize else 0)
             rate = schedulers[0].get_last_lr()[0]
             for scheduler in schedulers:
                 scheduler.step()
@@ -1327,11 +1382,29 @@ def show_tree(tree: list[Example]) -> str:
     return "\n".join(f"{'  ' * line.depth + line.name:<{width}}  {line.text}".rstrip() for line in tree)
 
 
-def make_distinct(model: RQVAE, latents: Tensor, codes: np.ndarray, collisions: str) -> np.ndarray:
-    """The codes to write: latents (N, E), codes (N, L) -> (N, L), with a suffix (N, L + 1)."""
+@torch.inference_mode()
+def make_distinct(
+    model: RQVAE, embeddings: Tensor, order: np.ndarray, latents: Tensor, codes: np.ndarray, collisions: str
+) -> np.ndarray:
+    """The codes to write: embeddings (N, D); latents (N, E) and codes (N, L), both in `order` (N), as is the result.
+
+    That is (N, L), with a suffix (N, L + 1).
+    """
+    last, device = model.quantizers[-1].codebook, latents.device
+
+    def decoding_errors(groups: list[np.ndarray], prefixes: np.ndarray) -> list[np.ndarray]:
+        """Squared distance of each item of a group (n) to every ID with its prefix, decoded, less |x|^2: (n, K)."""
+        above = model.decode_levels(torch.from_numpy(prefixes).to(device))  # (groups, E)
+        decoded = model.decoder(above.unsqueeze(1) + last)  # (groups, K, D)
+        norms, sizes = decoded.square().sum(2), [len(group) for group in groups]
+        items = model.standardise(embeddings[order[np.concatenate(groups)]].to(device)).split(sizes)
+        products = [of_group @ ids.T for of_group, ids in zip(items, decoded, strict=True)]
+        errors = norms.repeat_interleave(torch.tensor(sizes, device=device), dim=0) - 2 * torch.cat(products)
+        return np.split(errors.cpu().double().numpy(), np.cumsum(sizes)[:-1])
+
     if collisions == "assign":
         codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])
-        return assign_distinct(latents.cpu().numpy(), codes, codebooks)
+        return assign_distinct(latents.cpu().numpy(), codes, codebooks, decoding_errors)
     return count_within(codes) if collisions == "suffix" else codes
 
 
@@ -1341,10 +1414,10 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     quality_path = Path(config.data_dir, f"{config.category}_quality.json")
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
-    latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, torch.from_numpy(order))
+    latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
     encoded = codes.cpu().numpy()
     start = time.perf_counter()
-    written = make_distinct(model, latents, encoded, config.collisions)
+    written = make_distinct(model, dataset.embeddings, order, latents, encoded, config.collisions)
     seconds = time.perf_counter() - start
     back = np.argsort(order)
     encoded, written = encoded[back], written[back]  # both in input order from here on

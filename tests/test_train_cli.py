@@ -681,10 +681,12 @@ def test_training_never_sees_the_held_out_rows(folder, calls):
     [({}, 6), ({"autoencoder_steps": 0}, 0), ({"autoencoder_steps": 15}, 15), ({"use_kmeans_init": False}, 0)],
     ids=str,
 )
-def test_autoencoder_steps_come_before_k_means(folder, calls, changes, expected):
+def test_autoencoder_steps_come_before_k_means_and_the_search_last(folder, calls, changes, expected):
     steps, starts = calls("train_step"), calls("start_quantizing")
     assert run(folder, **changes) == 0
-    assert [arguments[-1] for arguments, _ in steps] == [False] * expected + [True] * (24 - expected)
+    nearest = [1] * max(14 - expected, 0)  # 14 steps are the first 0.6 of 24
+    widths = [0] * expected + nearest + [train_rqvae.TRAINING_SEARCH_WIDTH] * (24 - max(14, expected))
+    assert [arguments[-1] for arguments, _ in steps] == widths
     assert len(starts) == (0 if "use_kmeans_init" in changes else 1)
 
 
@@ -833,14 +835,17 @@ def test_logged_catalogue_figures_are_those_of_the_model(folder, recorder):
     assert run(folder) == 0
     model = train_rqvae.load_model(checkpoints(folder) / "final_model.pth")
     x = embeddings_of(folder)
-    statistics = train_rqvae.code_statistics(model.encode_to_semantic_ids(x), 8)
+    width = train_rqvae.TRAINING_SEARCH_WIDTH
+    statistics = train_rqvae.code_statistics(model.encode_to_semantic_ids(x, width), 8)
     assert recorder.series("catalogue/distinct")[24] == pytest.approx(statistics.distinct)
     for level in range(LEVELS):
         assert recorder.series(f"catalogue/usage_{level}")[24] == pytest.approx(statistics.usage[level])
         assert recorder.series(f"catalogue/perplexity_{level}")[24] == pytest.approx(statistics.perplexity[level])
     rows = train_rqvae.plan_training(N, model.config).val_rows
     with torch.no_grad():
-        assert recorder.series("val/total_loss")[24] == pytest.approx(model(x[rows]).total.item(), rel=1e-4)
+        assert recorder.series("val/total_loss")[24] == pytest.approx(
+            model(x[rows], width=width).total.item(), rel=1e-4
+        )
 
 
 def test_best_model_is_handed_over_once_with_what_it_is_worth(folder, recorder):
@@ -854,7 +859,8 @@ def test_best_model_is_handed_over_once_with_what_it_is_worth(folder, recorder):
     assert metadata["step"] == best["step"]
     assert metadata["config"] == best["config"]
     model = train_rqvae.load_model(checkpoints(folder) / "best_model.pth")
-    statistics = train_rqvae.code_statistics(model.encode_to_semantic_ids(embeddings_of(folder)), 8)
+    codes = model.encode_to_semantic_ids(embeddings_of(folder), train_rqvae.TRAINING_SEARCH_WIDTH)
+    statistics = train_rqvae.code_statistics(codes, 8)
     assert metadata["unique_proportion"] == pytest.approx(statistics.distinct)
     assert [metadata[f"usage_{level}"] for level in range(LEVELS)] == pytest.approx(statistics.usage)
     assert metadata["residual_norm"] > 0

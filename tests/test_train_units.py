@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -70,9 +71,10 @@ def started_model(x: Tensor, **changes) -> RQVAE:
     return model
 
 
-def mean_square(difference) -> float:
-    """The losses' one measure of a difference (B, D), in float64."""
-    return float((np.asarray(difference, dtype=np.float64) ** 2).mean())
+def reconstruction_loss(difference) -> float:
+    """Of standardised embeddings and their reconstruction (B, D), in float64."""
+    errors, scale = (np.asarray(difference, dtype=np.float64) ** 2).mean(1), train_rqvae.ERROR_SCALE
+    return float(train_rqvae.RECONSTRUCTION_WEIGHT * scale * np.log(1 + errors / scale).mean())
 
 
 def tensors_of(model: RQVAE) -> dict[str, Tensor]:
@@ -167,8 +169,9 @@ def test_vector_quantizer_losses_are_the_mean_squared_distances(kind):
     output = quantizer(x)
     codebook = quantizer.codebook.detach()
     nearest = codebook[cdist(x.double(), codebook.double()).argmin(1)]
-    assert output.codebook_loss.item() == pytest.approx(mean_square(x - nearest), rel=1e-5)
-    assert output.commitment_loss.item() == pytest.approx(mean_square(x - nearest), rel=1e-5)
+    mean_square = (x - nearest).double().square().mean().item()
+    assert output.codebook_loss.item() == pytest.approx(mean_square, rel=1e-5)
+    assert output.commitment_loss.item() == pytest.approx(mean_square, rel=1e-5)
     assert torch.equal(output.vectors, codebook[output.codes])
 
 
@@ -292,6 +295,41 @@ def test_walk_can_change_a_codebook_just_before_it_is_used():
     assert torch.equal(quantized.vectors, torch.zeros(10, LATENT))
 
 
+def test_search_of_every_id_finds_the_one_that_decodes_nearest():
+    x = clusters()
+    model = started_model(x, codebook_size=5)
+    every = torch.tensor(list(itertools.product(range(5), repeat=LEVELS)))
+    nearest = every[cdist(x, model.decode_from_semantic_ids(every)).argmin(1)]
+    assert torch.equal(model.encode_to_semantic_ids(x, width=5**LEVELS), nearest)
+    errors = []
+    for width in (1, 4, 5**LEVELS):
+        decoded = model.decode_from_semantic_ids(model.encode_to_semantic_ids(x, width=width))
+        errors.append((x - decoded).square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_search_of_one_id_is_the_residual_walk():
+    x = clusters()
+    model = started_model(x)
+    assert torch.equal(model.encode_to_semantic_ids(x, width=1), model.quantize(model.encode(x)).codes)
+
+
+def test_search_does_not_depend_on_the_other_items():
+    x = clusters()
+    model = started_model(x)
+    alone = torch.cat([model.encode_to_semantic_ids(row) for row in x[:50].split(1)])
+    assert (alone == model.encode_to_semantic_ids(x)[:50]).float().mean() > 0.99  # near ties may turn
+
+
+def test_walk_takes_the_codes_that_are_given():
+    model, latents = RQVAE(tiny_config()), torch.randn(10, LATENT)
+    codes = torch.randint(SIZE, (10, LEVELS))
+    quantized = model.quantize(latents, codes)
+    assert torch.equal(quantized.codes, codes)
+    assert torch.equal(quantized.vectors, model.decode_levels(codes))
+    assert torch.allclose(quantized.residuals, latents - model.decode_levels(codes), atol=1e-6)
+
+
 # ---------------------------------------------------------------- the model
 
 
@@ -305,19 +343,17 @@ def test_total_loss_is_the_sum_of_its_terms(beta):
     assert losses.vq.item() == pytest.approx(vq.item(), rel=1e-5)
     assert losses.total.item() == pytest.approx(losses.reconstruction.item() + vq.item(), rel=1e-5)
     off = model.standardise(model.decode_from_semantic_ids(quantized.codes)) - model.standardise(x)
-    assert losses.reconstruction.item() == pytest.approx(
-        train_rqvae.RECONSTRUCTION_WEIGHT * mean_square(off.detach()), rel=1e-4
-    )
+    assert losses.reconstruction.item() == pytest.approx(reconstruction_loss(off.detach()), rel=1e-4)
 
 
 def test_plain_autoencoder_loss_has_no_quantization_in_it():
     x = clusters()
     model = started_model(x)
-    losses = model(x, quantize=False)
+    losses = model(x, width=0)
     off = model.standardise(model.decode(model.encode(x))) - model.standardise(x)
     assert losses.quantized is None
     assert losses.total.item() == losses.reconstruction.item()
-    assert losses.total.item() == pytest.approx(train_rqvae.RECONSTRUCTION_WEIGHT * mean_square(off.detach()), rel=1e-4)
+    assert losses.total.item() == pytest.approx(reconstruction_loss(off.detach()), rel=1e-4)
 
 
 def test_loss_is_against_the_target_where_one_is_given():
@@ -325,10 +361,8 @@ def test_loss_is_against_the_target_where_one_is_given():
     model = started_model(x)
     losses, target = model(x, 2 * x.flip(0)), model.standardise(2 * x.flip(0))
     decoded = model.standardise(model.decode_from_semantic_ids(losses.quantized.codes))
-    assert losses.reconstruction.item() == pytest.approx(
-        train_rqvae.RECONSTRUCTION_WEIGHT * mean_square(decoded - target), rel=1e-4
-    )
-    assert losses.vq.item() == model(x).vq.item()  # the input is x all the same
+    assert losses.reconstruction.item() == pytest.approx(reconstruction_loss(decoded - target), rel=1e-4)
+    assert model(x, 2 * x.flip(0), width=1).vq.item() == model(x, width=1).vq.item()  # the input is x all the same
 
 
 @pytest.mark.parametrize("changes", QUANTIZERS)
@@ -471,7 +505,7 @@ def test_codebooks_start_at_the_k_means_centres_of_each_levels_residuals(ema):
 def test_start_of_quantizing_keeps_the_function_and_forgets_the_moments():
     model, x = RQVAE(tiny_config()), clusters()
     optimizer = torch.optim.Adam(model.parameters())
-    model(x, quantize=False).total.backward()
+    model(x, width=0).total.backward()
     optimizer.step()
     before = model.decode(model.encode(x)).detach()
     train_rqvae.start_quantizing(model, x, [optimizer], rows_per_step=64, seed=0)
@@ -487,7 +521,7 @@ def test_reset_moves_unused_codes_onto_residuals_and_nothing_else(ema):
     model = started_model(x, use_ema_vq=ema).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(3):
-        train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, quantize=True)
+        train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, width=4)
     usage = torch.ones(LEVELS, SIZE, dtype=torch.int64)
     usage[0, [1, 4]] = usage[1, 7] = 0
     before, batch = tensors_of(model), x[50:100]
@@ -687,7 +721,7 @@ def test_accumulating_small_batches_equals_one_large_batch(changes, clip):
         terms = []
         for epoch in range(5):
             rows = train_rqvae.shuffled(torch.arange(300), epoch, 0)
-            result = train_rqvae.train_step(model, [optimizer], x, rows, noise=0.0, quantize=True)
+            result = train_rqvae.train_step(model, [optimizer], x, rows, noise=0.0, width=4)
             terms.append(torch.cat([result.terms, result.gradient_norm.reshape(1)]))
             assert result.codes.shape == (300, LEVELS)
         models.append((tensors_of(model), torch.stack(terms)))
@@ -702,9 +736,7 @@ def test_step_uses_the_clipped_gradient_and_tells_its_norm_before(clip):
     model = started_model(x, gradient_clip_norm=clip)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    norm = train_rqvae.train_step(
-        model, [optimizer], x, torch.arange(300), noise=0.0, quantize=True
-    ).gradient_norm.item()
+    norm = train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, width=4).gradient_norm.item()
     moved = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]) - before
     assert norm > 0.01
     assert moved.norm().item() == pytest.approx(min(norm, clip or math.inf), rel=1e-3)
@@ -717,7 +749,7 @@ def test_autoencoder_steps_leave_the_codebooks_alone():
         model = RQVAE(tiny_config(use_ema_vq=ema)).train()
         before = tensors_of(model)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        result = train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, quantize=False)
+        result = train_rqvae.train_step(model, [optimizer], x, torch.arange(300), noise=0.0, width=0)
         assert result.codes is None
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, before[name]) == (name.startswith("quantizers") or "input" in name), name
@@ -769,9 +801,10 @@ def test_validation_is_over_the_held_out_rows_and_the_whole_catalogue(monkeypatc
     x = clusters()
     model, rows = started_model(x).train(), torch.arange(250, 300)
     with torch.no_grad():
-        losses = model(x[rows])
-        residuals = model.quantize(model.encode(x)).residuals
-    statistics = train_rqvae.code_statistics(model.encode_to_semantic_ids(x), SIZE)
+        losses = model(x[rows], width=train_rqvae.TRAINING_SEARCH_WIDTH)
+        codes = model.encode_to_semantic_ids(x, train_rqvae.TRAINING_SEARCH_WIDTH)
+        residuals = model.encode(x) - model.decode_levels(codes)
+    statistics = train_rqvae.code_statistics(codes, SIZE)
     for size in (32768, 7):
         monkeypatch.setattr(train_rqvae, "ROWS_PER_PASS", size)
         found = train_rqvae.validate(model, x, rows)
@@ -922,6 +955,16 @@ def example(n: int, levels: int, size: int, seed: int) -> tuple[np.ndarray, np.n
     return latents, nearest_walk(latents, codebooks), codebooks
 
 
+def assigned(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
+    """With the squared distances of the residuals as costs."""
+
+    def last_costs(groups, prefixes):
+        above = [sum(book[code] for book, code in zip(codebooks, prefix, strict=False)) for prefix in prefixes]
+        return [cdist(latents[group] - base, codebooks[-1]) ** 2 for group, base in zip(groups, above, strict=True)]
+
+    return train_rqvae.assign_distinct(latents, codes, codebooks, last_costs)
+
+
 @st.composite
 def catalogues(draw):
     levels, size = draw(st.integers(1, 3)), draw(st.integers(2, 4))
@@ -938,7 +981,7 @@ def test_any_codes_become_distinct_and_only_crowded_prefixes_change(catalogue):
     latents, codes, codebooks = catalogue
     size = codebooks.shape[1]
     given_codes = codes.copy()
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     assert np.array_equal(codes, given_codes)  # the input stays
     assert found.shape == codes.shape
     assert is_distinct(found)
@@ -954,7 +997,7 @@ def test_as_many_items_as_ids_take_them_all(levels, size, seed, equal):
     latents, codes, codebooks = example(size**levels, levels, size, seed)
     if equal:
         latents, codes = np.repeat(latents[:1], len(latents), axis=0), np.repeat(codes[:1], len(codes), axis=0)
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     every = np.array(list(itertools.product(range(size), repeat=levels)))
     assert np.array_equal(found[np.lexsort(found.T[::-1])], every)
 
@@ -964,7 +1007,7 @@ def test_last_codes_have_the_least_cost_of_all_permutations(seed):
     latents, codes, codebooks = example(7, 2, 5, seed)
     codes[:, 0] = [0, 0, 0, 0, 1, 1, 2]  # each first code has room for its items
     codes[:, 1] = [3, 3, 1, 1, 2, 2, 4]
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     assert np.array_equal(found[:, 0], codes[:, 0])
     for first in range(3):
         rows = np.flatnonzero(codes[:, 0] == first)
@@ -983,7 +1026,7 @@ def test_prefixes_without_collisions_stay_bit_for_bit():
     ids = Counter(map(tuple, codes.tolist()))
     crowded = {tuple(row[:2]) for row in codes.tolist() if ids[tuple(row)] > 1}
     kept = np.array([prefix not in crowded for prefix in prefixes])
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     assert 0 < kept.sum() < 60
     assert np.array_equal(found[kept], codes[kept])
     assert not np.array_equal(found, codes)
@@ -992,7 +1035,7 @@ def test_prefixes_without_collisions_stay_bit_for_bit():
 def test_a_prefix_with_more_items_than_codes_gives_away_only_the_surplus():
     latents, codes, codebooks = example(12, 2, 4, seed=2)
     codes[:, 0] = [0] * 9 + [1, 2, 3]
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     assert is_distinct(found)
     moved = found[:, 0] != codes[:, 0]
     assert moved.sum() == 5  # nine items, room for four
@@ -1003,7 +1046,7 @@ def test_the_items_that_lose_least_are_the_ones_that_move():
     codebooks = np.array([[[0.0, 0], [10, 0]], [[0, 1.0], [0, -1]]])
     latents = np.array([[0.1, 1], [0.2, -1], [4.9, 1], [0.0, 1]])
     codes = np.array([[0, 0], [0, 1], [0, 0], [0, 0]])
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     assert found[2].tolist() == [1, 0]
     assert is_distinct(found)
     assert (found[:, 0] == 1).sum() == 2
@@ -1011,10 +1054,31 @@ def test_the_items_that_lose_least_are_the_ones_that_move():
 
 def test_assignment_gives_the_same_ids_to_items_in_another_order():
     latents, codes, codebooks = example(200, 3, 8, seed=3)
-    found = train_rqvae.assign_distinct(latents, codes, codebooks)
+    found = assigned(latents, codes, codebooks)
     order = np.random.default_rng(0).permutation(200)
-    again = train_rqvae.assign_distinct(latents[order], codes[order], codebooks)
+    again = assigned(latents[order], codes[order], codebooks)
     assert np.array_equal(again, found[order])  # no two of these latents are equal
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_last_codes_are_those_that_decode_with_the_least_error(levels):
+    n = {1: 7}.get(levels, 60)
+    x = clusters(n)
+    model = started_model(clusters(), codebook_quantization_levels=levels)
+    order = np.random.default_rng(0).permutation(n)
+    latents = model.encode(x[order]).detach()
+    codes = np.zeros((n, levels), dtype=np.int64)
+    codes[:, -1] = 3  # the same for all but the level above it, which has room for its items
+    if levels > 1:
+        codes[:, -2] = np.arange(n) % SIZE
+    found = train_rqvae.make_distinct(model, x, order, latents, codes, "assign")
+    assert np.array_equal(found[:, :-1], codes[:, :-1])
+    for rows in train_rqvae.group_rows(train_rqvae.prefix_keys(codes, levels - 1)):
+        every = np.repeat(codes[rows[:1]], SIZE, axis=0)
+        every[:, -1] = np.arange(SIZE)
+        cost = cdist(x[order[rows]], model.decode_from_semantic_ids(torch.from_numpy(every))) ** 2
+        least = cost[linear_sum_assignment(cost)].sum()
+        assert cost[np.arange(len(rows)), found[rows, -1]].sum() == pytest.approx(least, rel=1e-5)
 
 
 def test_suffix_counts_the_items_of_equal_codes_in_their_order():

@@ -126,7 +126,7 @@ def usual_recipe(task: Task) -> System:
         return F.mse_loss(model.decode(quantized.vectors), x) + vq
 
     fit(optimizer, loss_of, task, config.max_lr)
-    return System(model.encode_to_semantic_ids, model.decode_from_semantic_ids)
+    return System(lambda x: model.quantize(model.encode(x)).codes, model.decode_from_semantic_ids)
 
 
 def residual_vq(task: Task) -> System:
