@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,10 +48,10 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
-ROWS_PER_PASS = 4096  # rows encoded at once outside training
-SEARCH_WIDTH = 16  # IDs of each item that are decoded to find the best
+ROWS_PER_PASS = 1024  # rows encoded at once outside training, each with SEARCH_WIDTH reconstructions
+SEARCH_WIDTH = 32  # IDs of each item that are decoded to find the best
 TRAINING_SEARCH_WIDTH = 4  # the same in training and validation, which pay for it again and again
-SEARCH_FROM = 0.6  # of all steps: before, the nearest codes are good enough to learn from
+SEARCH_FROM = 0.5  # of all steps: before, the nearest codes are good enough to learn from
 KMEANS_ROWS = 200_000  # of a larger catalogue k-means takes a sample, to bound its time
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; the codes spread more evenly than at 1
 ERROR_SCALE = 0.5  # share of the variance; above it, an item's error counts less and less, so that similar items differ
@@ -60,7 +60,7 @@ ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps
 EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
-PREFIXES_PER_PASS = 64  # of those with collisions: all the IDs that start with them are decoded at once
+DECODED_AT_ONCE = 2**24  # numbers: all the IDs below as many prefixes with collisions as this holds
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
 RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
@@ -125,11 +125,11 @@ class RQVAEConfig:
     warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(
-        default=0.5,
+        default=0.2,
         help="Noise on the training inputs at the start, in their standard deviations; it fades out to the end.",
     )
     input_mixing: float = HfArg(
-        default=0.4, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
+        default=0.2, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
     )
 
     use_kmeans_init: bool = HfArg(
@@ -285,10 +285,14 @@ class EmbeddingDataset(Dataset):
 # ---------------------------------------------------------------- quantization
 
 
+def code_distances(x: Tensor, codebook: Tensor) -> Tensor:
+    """Squared Euclidean distances, less the |x|^2 that all codes share: x (B, E), codebook (K, E) -> (B, K)."""
+    return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2)
+
+
 def nearest_codes(x: Tensor, codebook: Tensor) -> Tensor:
     """Index of the code nearest in Euclidean distance: x (B, E), codebook (K, E) -> (B)."""
-    # ||x - c||^2 without the ||x||^2 that all codes share
-    return torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)
+    return code_distances(x, codebook).argmin(1)
 
 
 def straight_through(x: Tensor, code: Tensor) -> Tensor:
@@ -413,7 +417,7 @@ class Losses(NamedTuple):
     """The terms of total = reconstruction + sum over levels (codebook + beta commitment), each a mean over B.
 
     Of an item's mean square error e over D, standardised, the reconstruction is RECONSTRUCTION_WEIGHT c log(1 + e / c)
-    with c = ERROR_SCALE, the Cauchy loss (Barron, arXiv:1701.03077, equation 7).
+    with c = ERROR_SCALE, the Cauchy loss (alpha = 0 in Barron, arXiv:1701.03077).
     """
 
     total: Tensor  # ()
@@ -498,20 +502,21 @@ class RQVAE(nn.Module):
 
         A beam search, as in Babenko and Lempitsky's additive quantization (CVPR 2014): level by level, the `width`
         prefixes (W) with the smallest residuals stay. Which of these IDs is best only the decoder knows, as distances
-        between latents are not those between embeddings. target (B, D) is standardised.
+        between latents are not those between embeddings. It follows W walks at once to choose codes; what becomes of
+        the chosen is for `quantize`. target (B, D) is standardised.
         """
         residuals = latents.float().unsqueeze(1)  # (B, W, E), W is 1 at first
         codes = torch.empty(*residuals.shape[:2], 0, dtype=torch.int64, device=latents.device)  # (B, W, l)
         for quantizer in self.quantizers:
             book = quantizer.codebook
-            distance = book.square().sum(1) - 2 * residuals @ book.T + residuals.square().sum(2, keepdim=True)
-            distance = distance.flatten(1)  # (B, W K)
+            distance = code_distances(residuals.flatten(0, 1), book).add_(residuals.square().sum(2).reshape(-1, 1))
+            distance = distance.reshape(len(residuals), -1)  # (B, W K)
             best = distance.topk(min(width, distance.shape[1]), largest=False).indices  # (B, W of the next level)
             prefix, code = (best // len(book)).unsqueeze(2), best % len(book)
             codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
             residuals = residuals.gather(1, prefix.expand(-1, -1, book.shape[1])) - book[code]
-        decoded = self.decoder(latents.unsqueeze(1) - residuals)  # (B, W, D)
-        nearest = (decoded - target.unsqueeze(1)).square().sum(2).argmin(1)  # (B)
+        decoded = self.decoder(latents.unsqueeze(1) - residuals)  # (B, W, D), the largest tensor here
+        nearest = decoded.sub_(target.unsqueeze(1)).norm(dim=2).argmin(1)  # (B)
         return codes[torch.arange(len(codes), device=codes.device), nearest]
 
     def decode_levels(self, ids: Tensor) -> Tensor:
@@ -519,14 +524,14 @@ class RQVAE(nn.Module):
         nothing = self.quantizers[0].codebook.new_zeros(len(ids), self.config.codebook_embedding_dim)
         return sum((self.quantizers[level].codebook[ids[:, level]] for level in range(ids.shape[1])), start=nothing)
 
-    def forward(self, x: Tensor, target: Tensor | None = None, width: int = SEARCH_WIDTH) -> Losses:
+    def forward(self, x: Tensor, target: Tensor | None = None, width: int = TRAINING_SEARCH_WIDTH) -> Losses:
         """Losses of x (B, D) against target (B, D), x itself by default.
 
         The codes are the best of `width` IDs: the nearest ones at 1, and none, as in a plain autoencoder, at 0.
         """
         latents, target = self.encode(x), self.standardise(x if target is None else target)
         if width:
-            codes = self.search(latents.detach(), target, width) if width > 1 else None
+            codes = self.search(latents, target, width) if width > 1 else None
             quantized = self.quantize(latents, codes)
             vq = (quantized.codebook_losses + self.config.commitment_weight * quantized.commitment_losses).sum()
         else:
@@ -538,7 +543,10 @@ class RQVAE(nn.Module):
 
     @torch.no_grad()
     def encode_to_semantic_ids(self, x: Tensor, width: int = SEARCH_WIDTH) -> Tensor:
-        """Codes of embeddings as stored: x (B, D) -> (B, L) int64; equal for items that collide."""
+        """Codes of embeddings as stored: x (B, D) -> (B, L) int64; equal for items that collide.
+
+        Of `width` likely IDs it is the one that decodes nearest to the item; 1 takes the nearest codes.
+        """
         parts = x.split(ROWS_PER_PASS)
         return torch.cat([self.search(self.encode(part), self.standardise(part), width) for part in parts])
 
@@ -663,12 +671,16 @@ def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
 def encode_catalogue(
     model: RQVAE, embeddings: Tensor, width: int = SEARCH_WIDTH, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Latents (N, E) and codes (N, L) of embeddings (N, D), in `order` (N), and the mean norm of the last residual."""
+    """Latents (N, E) and codes (N, L) of embeddings (N, D), in `order` (N), and the mean norm of the last residual.
+
+    The codes are those of RQVAE.encode_to_semantic_ids with that width.
+    """
     order = torch.arange(len(embeddings), device=embeddings.device) if order is None else order
     parts = []
     for rows in order.split(ROWS_PER_PASS):
         x = embeddings[rows].to(model.input_mean.device)
-        latents, codes = model.encode(x).float(), model.encode_to_semantic_ids(x, width)
+        latents = model.encode(x).float()
+        codes = model.search(latents, model.standardise(x), width)
         parts.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
     latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
     return latents, codes, norms.mean().item()
@@ -693,13 +705,15 @@ def loss_metrics(prefix: str, terms: Tensor, config: RQVAEConfig) -> dict[str, f
 
 @torch.inference_mode()
 def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, float]:
-    """Losses over the held-out rows, and the codes of the whole catalogue: embeddings (N, D), val_rows (V)."""
+    """Losses over the held-out rows, and the codes of the whole catalogue: embeddings (N, D), val_rows (V).
+
+    With the narrower search of training, so that the codes of `export` differ a little and fit better.
+    """
     config = model.config
     model.eval()
     terms = 0.0
     for rows in val_rows.split(ROWS_PER_PASS):
-        losses = model(embeddings[rows], width=TRAINING_SEARCH_WIDTH)
-        terms = terms + loss_terms(losses, config) * (len(rows) / len(val_rows))
+        terms = terms + loss_terms(model(embeddings[rows]), config) * (len(rows) / len(val_rows))
     _, codes, residual_norm = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)
     model.train()
     statistics = code_statistics(codes, config.codebook_size)
@@ -852,15 +866,15 @@ def assign_distinct(
     latents: np.ndarray,
     codes: np.ndarray,
     codebooks: np.ndarray,
-    last_costs: Callable[[list[np.ndarray], np.ndarray], list[np.ndarray]],
+    last_costs: Callable[[list[np.ndarray], np.ndarray], Iterable[np.ndarray]],
 ) -> np.ndarray:
     """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> codes (N, L).
 
     From the first level down, a prefix that more items share than IDs start with it gives some to the next
-    nearest; at the last level, the items of a prefix get different codes at the least total cost
-    (scipy.optimize.linear_sum_assignment): last_costs(groups, prefixes) gives those of n items with each last code,
-    (n, K), for groups of rows with their prefixes (groups, L - 1). Only prefixes with collisions change. Needs
-    N <= K^L.
+    nearest, where they take the nearest codes. At the last level, the items of a prefix get different codes at the
+    least total cost (scipy.optimize.linear_sum_assignment): last_costs(groups, prefixes) yields those of n items with
+    each last code, (n, K), for groups of rows with their prefixes (groups, L - 1). Only prefixes with collisions
+    change. Needs N <= K^L.
     """
     codes, (levels, size, _) = codes.copy(), codebooks.shape
     assert len(codes) <= size**levels, "more items than IDs"
@@ -871,11 +885,9 @@ def assign_distinct(
         affected = np.flatnonzero(np.isin(parents, parents[counts[keys] > capacity]))
         groups = [affected[group] for group in group_rows(parents[affected])]
         if level == levels - 1:
-            for i in range(0, len(groups), PREFIXES_PER_PASS):
-                some = groups[i : i + PREFIXES_PER_PASS]
-                prefixes = codes[[group[0] for group in some], :-1]
-                for group, cost in zip(some, last_costs(some, prefixes), strict=True):
-                    codes[group, level] = linear_sum_assignment(cost)[1]
+            prefixes = codes[[group[0] for group in groups], :-1]
+            for group, cost in zip(groups, last_costs(groups, prefixes), strict=True):
+                codes[group, level] = linear_sum_assignment(cost)[1]
             break
         for rows in groups:
             left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
@@ -1392,15 +1404,17 @@ def make_distinct(
     """
     last, device = model.quantizers[-1].codebook, latents.device
 
-    def decoding_errors(groups: list[np.ndarray], prefixes: np.ndarray) -> list[np.ndarray]:
+    def decoding_errors(groups: list[np.ndarray], prefixes: np.ndarray) -> Iterator[np.ndarray]:
         """Squared distance of each item of a group (n) to every ID with its prefix, decoded, less |x|^2: (n, K)."""
-        above = model.decode_levels(torch.from_numpy(prefixes).to(device))  # (groups, E)
-        decoded = model.decoder(above.unsqueeze(1) + last)  # (groups, K, D)
-        norms, sizes = decoded.square().sum(2), [len(group) for group in groups]
-        items = model.standardise(embeddings[order[np.concatenate(groups)]].to(device)).split(sizes)
-        products = [of_group @ ids.T for of_group, ids in zip(items, decoded, strict=True)]
-        errors = norms.repeat_interleave(torch.tensor(sizes, device=device), dim=0) - 2 * torch.cat(products)
-        return np.split(errors.cpu().double().numpy(), np.cumsum(sizes)[:-1])
+        together = max(1, DECODED_AT_ONCE // (len(last) * max(len(last), embeddings.shape[1])))
+        for i in range(0, len(groups), together):
+            some = groups[i : i + together]
+            above = model.decode_levels(torch.from_numpy(prefixes[i : i + together]).to(device))  # (groups, E)
+            decoded = model.decoder(above.unsqueeze(1) + last)  # (groups, K, D)
+            sizes = [len(group) for group in some]
+            items = model.standardise(embeddings[order[np.concatenate(some)]].to(device)).split(sizes)
+            errors = torch.cat([code_distances(x, ids) for x, ids in zip(items, decoded, strict=True)])
+            yield from np.split(errors.cpu().numpy(), np.cumsum(sizes)[:-1])
 
     if collisions == "assign":
         codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])

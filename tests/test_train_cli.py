@@ -684,8 +684,9 @@ def test_training_never_sees_the_held_out_rows(folder, calls):
 def test_autoencoder_steps_come_before_k_means_and_the_search_last(folder, calls, changes, expected):
     steps, starts = calls("train_step"), calls("start_quantizing")
     assert run(folder, **changes) == 0
-    nearest = [1] * max(14 - expected, 0)  # 14 steps are the first 0.6 of 24
-    widths = [0] * expected + nearest + [train_rqvae.TRAINING_SEARCH_WIDTH] * (24 - max(14, expected))
+    before_search = max(int(24 * train_rqvae.SEARCH_FROM), expected)
+    widths = [0] * expected + [1] * (before_search - expected)
+    widths += [train_rqvae.TRAINING_SEARCH_WIDTH] * (24 - before_search)
     assert [arguments[-1] for arguments, _ in steps] == widths
     assert len(starts) == (0 if "use_kmeans_init" in changes else 1)
 
@@ -843,9 +844,7 @@ def test_logged_catalogue_figures_are_those_of_the_model(folder, recorder):
         assert recorder.series(f"catalogue/perplexity_{level}")[24] == pytest.approx(statistics.perplexity[level])
     rows = train_rqvae.plan_training(N, model.config).val_rows
     with torch.no_grad():
-        assert recorder.series("val/total_loss")[24] == pytest.approx(
-            model(x[rows], width=width).total.item(), rel=1e-4
-        )
+        assert recorder.series("val/total_loss")[24] == pytest.approx(model(x[rows]).total.item(), rel=1e-4)
 
 
 def test_best_model_is_handed_over_once_with_what_it_is_worth(folder, recorder):

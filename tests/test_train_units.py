@@ -237,10 +237,10 @@ def test_ema_counts_nothing_outside_training():
 @pytest.mark.parametrize(
     "look",
     [
-        lambda model, x: model.encode_to_semantic_ids(x),
+        lambda model, x: torch.no_grad()(model)(x),
         lambda model, x: train_rqvae.init_codebooks(model, model.encode(x).detach(), 64, seed=0),
     ],
-    ids=["encode_to_semantic_ids", "init_codebooks"],
+    ids=["forward", "init_codebooks"],
 )
 def test_a_look_at_the_catalogue_is_no_step_of_the_averages(look):
     model, x = RQVAE(tiny_config(use_ema_vq=True)).train(), clusters()
@@ -306,6 +306,15 @@ def test_search_of_every_id_finds_the_one_that_decodes_nearest():
         decoded = model.decode_from_semantic_ids(model.encode_to_semantic_ids(x, width=width))
         errors.append((x - decoded).square().mean().item())
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_losses_are_of_the_codes_that_decode_nearest_to_the_target():
+    x = clusters()
+    model, target = started_model(x), x.flip(0)
+    codes = model(x, target, width=4).quantized.codes
+    assert torch.equal(codes, model.search(model.encode(x), model.standardise(target), 4))
+    assert not torch.equal(codes, model.search(model.encode(x), model.standardise(x), 4))
+    assert not torch.equal(codes, model(x, target, width=1).quantized.codes)
 
 
 def test_search_of_one_id_is_the_residual_walk():
@@ -422,7 +431,7 @@ def test_ids_and_decoded_embeddings_can_be_trained_on(ema):
 def test_longer_prefixes_are_nearer_to_the_latents():
     x = clusters()
     model = started_model(x).requires_grad_(False)
-    latents, ids = model.encode(x), model.encode_to_semantic_ids(x)
+    latents, ids = model.encode(x), model.encode_to_semantic_ids(x, width=1)
     off = [(latents - model.decode_levels(ids[:, :length])).square().sum().item() for length in range(1, LEVELS + 1)]
     assert off == sorted(off, reverse=True)
     assert off[-1] < off[0]
@@ -801,7 +810,7 @@ def test_validation_is_over_the_held_out_rows_and_the_whole_catalogue(monkeypatc
     x = clusters()
     model, rows = started_model(x).train(), torch.arange(250, 300)
     with torch.no_grad():
-        losses = model(x[rows], width=train_rqvae.TRAINING_SEARCH_WIDTH)
+        losses = model(x[rows])
         codes = model.encode_to_semantic_ids(x, train_rqvae.TRAINING_SEARCH_WIDTH)
         residuals = model.encode(x) - model.decode_levels(codes)
     statistics = train_rqvae.code_statistics(codes, SIZE)
@@ -1061,7 +1070,8 @@ def test_assignment_gives_the_same_ids_to_items_in_another_order():
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_last_codes_are_those_that_decode_with_the_least_error(levels):
+def test_last_codes_are_those_that_decode_with_the_least_error(levels, monkeypatch):
+    monkeypatch.setattr(train_rqvae, "DECODED_AT_ONCE", 3 * SIZE * DIM)  # the IDs below three prefixes
     n = {1: 7}.get(levels, 60)
     x = clusters(n)
     model = started_model(clusters(), codebook_quantization_levels=levels)
