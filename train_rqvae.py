@@ -125,11 +125,11 @@ class RQVAEConfig:
     warmup_steps: int = HfArg(default=100, help="Steps of that rise.")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(
-        default=0.2,
+        default=0.5,
         help="Noise on the training inputs at the start, in their standard deviations; it fades out to the end.",
     )
     input_mixing: float = HfArg(
-        default=0.2, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
+        default=0.1, help="Mix training inputs in pairs, weights from Beta(a, a) with this a; 0 for none."
     )
 
     use_kmeans_init: bool = HfArg(
