@@ -871,7 +871,7 @@ def assign_distinct(
     """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> codes (N, L).
 
     From the first level down, a prefix that more items share than IDs start with it gives some to the next
-    nearest, where they take the nearest codes. At the last level, the items of a prefix get different codes at the
+    nearest, with the nearest codes below it. At the last level, the items of a prefix get different codes at the
     least total cost (scipy.optimize.linear_sum_assignment): last_costs(groups, prefixes) yields those of n items with
     each last code, (n, K), for groups of rows with their prefixes (groups, L - 1). Only prefixes with collisions
     change. Needs N <= K^L.
