@@ -156,7 +156,8 @@ def test_the_npz_keeps_the_contract(data_dir, tiny_encoder, tmp_path, side):
 def test_padding_gives_back_every_token(lengths, side):
     lengths = np.array(lengths)
     flat = np.arange(1, lengths.sum() + 1, dtype=np.int32)
-    ids, mask = tokenize_items.pad(tokenize_items.Tokens(flat, lengths, 0), pad_id=-7, side=side)
+    items = np.split(flat, lengths.cumsum()[:-1])
+    ids, mask = tokenize_items.pad(tokenize_items.Tokens(items, lengths, 0), pad_id=-7, side=side)
     assert ids.shape == mask.shape == (len(lengths), lengths.max())
     assert (ids[mask > 0] == flat).all()
     assert (mask.sum(axis=1) == lengths).all()
