@@ -181,13 +181,86 @@ def test_items_alone_and_together_are_compared(qwen3_dir, capsys):
     assert "warning" not in captured.err
 
 
-def test_a_padding_that_changes_the_vectors_is_warned_of(bert_dir, capsys):
-    lay_out(bert_dir, "left")  # absolute positions: padding in front moves every token
+def test_padding_in_front_does_not_move_absolute_positions(bert_dir, reference):
+    lay_out(bert_dir, "left")
+    main(flags(bert_dir, "--pooling", "mean"))
+    assert np.abs(read_vectors(bert_dir) - reference("bert", "mean")).max() < 1e-5
+
+
+@pytest.fixture
+def change_forward(monkeypatch):
+    """Puts a function of the model's own forward in its place: change_forward(lambda forward, **inputs: ...)."""
+
+    def change(instead):
+        load = embed_items.load_model
+
+        def load_changed(*args):
+            model = load(*args)
+            forward = model.forward
+            monkeypatch.setattr(model, "forward", lambda **inputs: instead(forward, **inputs))
+            return model
+
+        monkeypatch.setattr(embed_items, "load_model", load_changed)
+
+    return change
+
+
+def test_a_padding_that_changes_the_vectors_is_warned_of(bert_dir, change_forward, capsys):
+    change_forward(lambda forward, input_ids, **_: forward(input_ids=input_ids))  # deaf to the mask
     main(flags(bert_dir, "--pooling", "mean"))
     captured = capsys.readouterr()
     agreement = re.search(r"alone and inside a batch agree to a cosine of ([\d.]+) at the worst", captured.out)
     assert float(agreement[1]) < 0.999
     assert "warning: below 0.999: padding changes the vectors" in captured.err
+
+
+def test_the_instruction_is_read_once(qwen3_dir, change_forward, reference, capsys):
+    shared, plain = [], []
+
+    def count(forward, **inputs):
+        past = inputs.get("past_key_values")
+        (plain if past is None else shared).append(inputs["input_ids"].numel())
+        return forward(**inputs)
+
+    change_forward(count)
+    main(flags(qwen3_dir))
+    said = re.search(r"the (\d+) tokens that all items start with are read once", capsys.readouterr().out)
+    prefix = AutoTokenizer.from_pretrained(str(read_npz(qwen3_dir)["model_name"]))
+    prefix = len(prefix(PROMPT.split("{}")[0], add_special_tokens=False)["input_ids"])
+    assert abs(int(said[1]) - prefix) <= 1  # its last letter may make one token with the text's first
+    real = int(read_npz(qwen3_dir)["attention_mask"].sum()) - 60 * int(said[1])
+    assert real <= sum(shared)
+    assert len(plain) == 1 + embed_items.ITEMS_CHECKED  # the prefix itself, and the items that were checked alone
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
+
+
+def test_a_model_that_cannot_share_the_instruction_reads_it_each_time(qwen3_dir, change_forward, reference, capsys):
+    change_forward(lambda forward, past_key_values=None, **inputs: forward(**inputs))  # forgets what it has read
+    main(flags(qwen3_dir))
+    captured = capsys.readouterr()
+    assert "are read once" not in captured.out
+    assert "warning" not in captured.err
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
+
+
+def test_equal_texts_are_embedded_once(qwen3_dir, catalogue, tiny_encoder, reference, monkeypatch, capsys):
+    twice = pl.concat([catalogue, catalogue.with_columns(pl.col("parent_asin") + "-again")]).sample(
+        fraction=1.0, shuffle=True, seed=0
+    )
+    twice.write_parquet(qwen3_dir / "Tiny_items_updated.parquet")
+    argv = ["--category", "Tiny", "--data_dir", str(qwen3_dir), "--model_name", str(tiny_encoder)]
+    tokenize_items.main([*argv, "--max_length", str(MAX_LENGTH)])
+    batches = []
+    embed_batch = embed_items.embed
+    monkeypatch.setattr(embed_items, "embed", lambda *args: batches.append(args[2]) or embed_batch(*args))
+    main(flags(qwen3_dir))
+    distinct = catalogue["item_context"].n_unique()
+    assert f"{120 - distinct} items repeat the text of another: each text is embedded once" in capsys.readouterr().out
+    count = min(embed_items.ITEMS_CHECKED, 120)
+    assert sum(map(len, batches)) == distinct + 2 * count  # those that were checked, alone and together
+    rows = dict(zip(catalogue["item_context"], range(60), strict=True))
+    expected = reference("qwen3", "last")[[rows[text] for text in twice["item_context"]]]
+    assert np.abs(read_vectors(qwen3_dir) - expected).max() < 1e-5
 
 
 @pytest.mark.gpu
