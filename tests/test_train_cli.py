@@ -759,9 +759,43 @@ def test_input_noise_and_mixing_reach_the_training_inputs(folder, calls, noise, 
     assert run(folder, input_noise=noise, input_mixing=mixing) == 0
     assert len(augmented) == 24
     for step, ((x, model, *_), (noisy, target)) in enumerate(augmented):
-        assert torch.equal(x, target) == (mixing == 0)
+        assert torch.allclose(model.standardise(x), target, atol=1e-5) == (mixing == 0)
         faded = noise * (1 - step / 24)
-        assert ((noisy - target) / model.input_scale).std().item() == pytest.approx(faded, rel=0.1)
+        assert (noisy - target).std().item() == pytest.approx(faded, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dtype_is_that_of_the_mlps_in_training_alone(folder, monkeypatch, capsys, dtype):
+    made, walked = {True: set(), False: set()}, set()
+    run_layers, quantize = train_rqvae.RQVAE.run, train_rqvae.RQVAE.quantize
+
+    def watched_run(model, layers, x):
+        result = run_layers(model, layers, x)
+        made[model.training].add(result.dtype)
+        return result
+
+    def watched_quantize(model, latents, *rest, **options):
+        walked.add(latents.dtype)
+        return quantize(model, latents, *rest, **options)
+
+    monkeypatch.setattr(train_rqvae.RQVAE, "run", watched_run)
+    monkeypatch.setattr(train_rqvae.RQVAE, "quantize", watched_quantize)
+    assert run(folder, dtype=dtype) == 0
+    assert f"MLPs trained in {dtype}" in capsys.readouterr().out
+    assert made[True] == {getattr(torch, dtype)}
+    assert made[False] == {getattr(torch, dtype), torch.float32}  # validation, and the export
+    assert walked == {torch.float32}
+    model = train_rqvae.load_model(checkpoints(folder) / "best_model.pth")
+    assert {model.mlp_dtype, *(tensor.dtype for tensor in model.state_dict().values())} == {torch.float32}
+
+
+def test_training_in_bfloat16_learns_as_much(folder):
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        assert run(folder, dtype=dtype) == 0
+        losses.append(load(folder)["val_loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -804,7 +838,7 @@ def test_losses_are_logged_at_their_intervals(folder, recorder, interval):
 def test_summary_names_device_sizes_steps_and_every_setting(folder, capsys):
     assert run(folder) == 0
     text = capsys.readouterr().out
-    assert "device cpu (asked for), dtype float32" in text
+    assert "device cpu (asked for)" in text
     assert f"{N} items of {DIM} dimensions from {source(folder)}" in text
     assert "270 training and 30 validation items" in text
     assert "24 steps of 64 items, 4 an epoch; the first 6 as a plain autoencoder" in text
@@ -833,7 +867,7 @@ def test_everything_that_is_tracked_is_logged(folder, recorder):
 
 
 def test_logged_catalogue_figures_are_those_of_the_model(folder, recorder):
-    assert run(folder) == 0
+    assert run(folder, dtype="float32") == 0
     model = train_rqvae.load_model(checkpoints(folder) / "final_model.pth")
     x = embeddings_of(folder)
     width = train_rqvae.TRAINING_SEARCH_WIDTH
@@ -844,11 +878,12 @@ def test_logged_catalogue_figures_are_those_of_the_model(folder, recorder):
         assert recorder.series(f"catalogue/perplexity_{level}")[24] == pytest.approx(statistics.perplexity[level])
     rows = train_rqvae.plan_training(N, model.config).val_rows
     with torch.no_grad():
-        assert recorder.series("val/total_loss")[24] == pytest.approx(model(x[rows]).total.item(), rel=1e-4)
+        total = model(model.standardise(x[rows])).total.item()
+    assert recorder.series("val/total_loss")[24] == pytest.approx(total, rel=1e-4)
 
 
 def test_best_model_is_handed_over_once_with_what_it_is_worth(folder, recorder):
-    assert run(folder) == 0
+    assert run(folder, dtype="float32") == 0
     (artifact,) = recorder.artifacts
     best = load(folder, "best_model")
     assert artifact.type == "model"

@@ -1,0 +1,194 @@
+"""The speed of a training step of train_rqvae.py beside its bare matrix products and beside ResidualVQ.
+
+    pip install -r requirements.txt -r tests/bench/requirements.txt
+    python tests/bench/bench_train.py                          # 32,768 x 384 on a CPU
+    python tests/bench/bench_train.py --device cuda --dim 1024 # a GPU
+
+On synthetic embeddings, in turn, several times, in one process:
+
+nearest codes    a step of ours as in the first half of a run
+searched codes   the same as in the second half, where IDs are searched for
+products         the matrix products of each alone, in the same number types, operands ready in memory: the layers'
+                 forward and two backward ones, the distances to the codes, and the search's decoder passes
+ResidualVQ       of vector-quantize-pytorch in the same MLP, float32, Adam, as its README shows
+
+Then the time to read a parquet of embeddings into a tensor, as train_rqvae.py does and by way of lists, and the
+memory of the first beside the tensor's.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vector_quantize_pytorch import ResidualVQ
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+import train_rqvae  # noqa: E402
+
+MEMORY = """
+import resource, sys
+import train_rqvae
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+embeddings = train_rqvae.EmbeddingDataset(sys.argv[1]).embeddings
+print(peak() - before, embeddings.nbytes)
+"""
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(work: Callable[[], object], steps: int, device: torch.device) -> float:
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - start) / steps * 1e3
+
+
+def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
+    torch.manual_seed(0)
+    model = train_rqvae.RQVAE(config).to(x.device)
+    model.mlp_dtype = train_rqvae.training_dtype(x.device, config.dtype)
+    train_rqvae.fit_standardisation(model, x)
+    optimizers = train_rqvae.make_optimizers(model, config.max_lr)
+    train_rqvae.start_quantizing(model, x[:4096], optimizers, config.batch_size, 0)
+    rows = torch.randperm(len(x), device=x.device)[: config.batch_size]
+    return lambda: train_rqvae.train_step(model, optimizers, x, rows, config.input_noise, width)
+
+
+def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
+    """What a step cannot do without; products of float32 stay so on a GPU, too."""
+    dtype, rows = train_rqvae.training_dtype(x.device, config.dtype), config.batch_size
+    sizes = [config.item_embedding_dim, *config.encoder_hidden_dims, config.codebook_embedding_dim]
+    size, dim = config.codebook_size, config.codebook_embedding_dim
+
+    def pair(n: int, inner: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        draw = lambda *shape: torch.randn(*shape, dtype=dtype, device=x.device)  # noqa: E731
+        return draw(n, inner), draw(inner, m)
+
+    products = []
+    for stack in (sizes, sizes[::-1]):
+        for fan_in, fan_out in itertools.pairwise(stack):
+            products += [pair(rows, fan_in, fan_out, dtype), pair(fan_in, rows, fan_out, dtype)]
+            if fan_in != sizes[0] or stack is not sizes:  # the inputs need no gradient
+                products.append(pair(rows, fan_out, fan_in, dtype))
+    beams = 1
+    for _ in range(config.codebook_quantization_levels):
+        products.append(pair(rows * beams, dim, size, torch.float32))
+        beams = min(width, beams * size)
+    if width > 1:
+        products += [pair(rows * beams, *layer, dtype) for layer in itertools.pairwise(sizes[::-1])]
+    return lambda: [a @ b for a, b in products]
+
+
+def residual_vq_step(config: train_rqvae.RQVAEConfig, x: Tensor) -> Callable[[], object]:
+    torch.manual_seed(0)
+    shell = train_rqvae.RQVAE(config).to(x.device)  # for its MLPs and its standardisation
+    train_rqvae.fit_standardisation(shell, x)
+    target = shell.standardise(x)
+    quantizer = ResidualVQ(
+        dim=config.codebook_embedding_dim, num_quantizers=config.codebook_quantization_levels,
+        codebook_size=config.codebook_size, kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=2,
+    ).to(x.device)  # fmt: skip
+    parameters = [*shell.encoder.parameters(), *shell.decoder.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    rows = torch.randperm(len(x), device=x.device)[: config.batch_size]
+
+    def step() -> None:
+        batch = target[rows]
+        quantized, _, commitment = quantizer(shell.encoder(batch).unsqueeze(0))
+        loss = F.mse_loss(shell.decoder(quantized.squeeze(0)), batch) + commitment.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare_steps(flags: argparse.Namespace) -> None:
+    device = torch.device(flags.device)
+    config = train_rqvae.RQVAEConfig(item_embedding_dim=flags.dim, batch_size=flags.batch_size, dtype=flags.dtype)
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(flags.rows, 64) @ torch.randn(64, flags.dim) + torch.randn(flags.rows, flags.dim))
+    x = x.to(device)
+    wide = train_rqvae.TRAINING_SEARCH_WIDTH
+    sides = {
+        "nearest codes": our_step(config, x, 1),
+        "products of nearest": bare_products(config, x, 1),
+        "searched codes": our_step(config, x, wide),
+        "products of searched": bare_products(config, x, wide),
+        "ResidualVQ": residual_vq_step(config, x),
+    }
+    times = {side: [] for side in sides}
+    for work in sides.values():
+        milliseconds(work, 2, device)  # k-means of ResidualVQ, compilation, the optimizers' states
+    for _, (side, work) in itertools.product(range(flags.repeats), sides.items()):
+        times[side].append(milliseconds(work, flags.steps, device))
+    dtype = str(train_rqvae.training_dtype(device, flags.dtype)).removeprefix("torch.")
+    print(f"steps of {flags.batch_size:,} x {flags.dim} on {device} ({os.cpu_count()} cores), MLPs in {dtype}; medians "
+          f"of {flags.repeats} turns of {flags.steps} steps")  # fmt: skip
+    median = {side: statistics.median(found) for side, found in times.items()}
+    for side, found in times.items():
+        print(f"{side:<21}{median[side]:>9.2f} ms   ({min(found):.2f} to {max(found):.2f})")
+    print(f"nearest codes / its products    {median['nearest codes'] / median['products of nearest']:.2f}")
+    print(f"searched codes / its products   {median['searched codes'] / median['products of searched']:.2f}")
+    print(f"ResidualVQ / nearest codes      {median['ResidualVQ'] / median['nearest codes']:.2f}")
+    print(f"ResidualVQ / searched codes     {median['ResidualVQ'] / median['searched codes']:.2f}")
+
+
+def compare_reading(rows: int, repeats: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "Bench_items_with_embeddings.parquet")
+        names = pl.Series("parent_asin", [f"item {i}" for i in range(rows)])
+        vectors = pl.Series("embedding", torch.randn(rows, 1024).numpy()).cast(pl.List(pl.Float32))
+        pl.DataFrame([names, vectors]).write_parquet(path, compression="uncompressed")  # as embed_items.py does
+        ways = {
+            "ours": lambda: train_rqvae.EmbeddingDataset(path).embeddings,
+            "through lists": lambda: torch.tensor(pl.read_parquet(path)["embedding"].to_list()),
+        }
+        seconds, cpu = {way: [] for way in ways}, torch.device("cpu")
+        for _, (way, work) in itertools.product(range(repeats), ways.items()):
+            seconds[way].append(milliseconds(work, 1, cpu) / 1e3)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, path],
+            env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    ours, lists = (statistics.median(found) for found in seconds.values())
+    peak, size = map(int, done.stdout.split())
+    print(f"reading {rows:,} x 1024: {ours:.2f} s, through lists {lists:.1f} s: {lists / ours:.1f} times")
+    print(f"peak memory of ours {peak / 1e6:,.0f} MB, {peak / size:.2f} times the tensor")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--batch_size", type=int, default=32768)
+    parser.add_argument("--rows", type=int, default=66_000)
+    parser.add_argument("--steps", type=int, default=3, help="in a turn")
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    compare_steps(flags)
+    compare_reading(flags.rows, 3)
+
+
+if __name__ == "__main__":
+    main()
