@@ -273,12 +273,15 @@ class EmbeddingDataset(Dataset):
             row = int(odd.argmax())
             fail(path, f"{odd.sum()} embeddings are not of one dimension, the first in row {row}", again)
         with np.errstate(over="ignore"):  # what float32 cannot hold is refused below, as infinite
-            array = column.list.to_array(int(sizes[0])).to_numpy().astype(np.float32, copy=True)
-        broken = ~np.isfinite(array).all(axis=1)
+            array = column.list.to_array(int(sizes[0])).to_numpy().astype(np.float32, copy=False)
+            broken = ~np.isfinite(array.sum(axis=1))  # of these, some may only have too large a sum
+        broken[broken] = ~np.isfinite(array[broken]).all(axis=1)
         if broken.any():
             first = self.parent_asin[int(broken.argmax())]
             fail(path, f"{broken.sum()} NaN or infinite embeddings, the first is item {first!r}", again)
-        return torch.from_numpy(array)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this memory is polars': nobody else holds it
+            return torch.from_numpy(array)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -967,7 +970,7 @@ def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
     """
     inner = [layer.weight for stack in (model.encoder, model.decoder) for layer in stack[2:-1:2]]  # the rest are SiLUs
     others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in inner)]
-    optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS)]
+    optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS, fused=True)]
     if inner:
         optimizers.append(torch.optim.Muon(inner, lr=max_lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -983,9 +986,9 @@ def learning_rate(step: int, total_steps: int, config: RQVAEConfig) -> float:
 
 
 def shuffled(rows: Tensor, epoch: int, seed: int) -> Tensor:
-    """The training rows in the order of this epoch, the same for a seed whenever it is asked for."""
-    generator = torch.Generator().manual_seed(seed + 1_000_003 * (epoch + 1))
-    return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+    """The training rows in the order of this epoch, the same for a seed and a kind of device whenever it is asked."""
+    generator = torch.Generator(rows.device).manual_seed(seed + 1_000_003 * (epoch + 1))
+    return rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
 
 
 def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tensor, Tensor]:

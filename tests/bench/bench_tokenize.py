@@ -11,7 +11,7 @@ ours           tokenize_items.main from the parquet to the npz
 usual script   batches of 32 padded to max_length, TOKENIZERS_PARALLELISM=false, savez_compressed; on a share of the
                rows, as it is slow
 
-Then one more run of ours in a process of its own, for its peak memory beside the arrays that it wrote.
+Then one more run of ours in a process of its own, for its peak memory beside the arrays that it wrote (on Linux).
 """
 
 import argparse
@@ -35,10 +35,10 @@ import tokenize_items  # noqa: E402
 
 CATEGORY = "Bench"
 USUAL_BATCH = 32
-MEMORY = """
-import resource, sys
+MEMORY = r"""
+import re, sys
 import tokenize_items
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 tokenize_items.load_tokenizer(sys.argv[sys.argv.index("--model_name") + 1])
 before = peak()
 tokenize_items.main(sys.argv[1:])

@@ -13,7 +13,7 @@ products         the matrix products of each alone, in the same number types, op
 ResidualVQ       of vector-quantize-pytorch in the same MLP, float32, Adam, as its README shows
 
 Then the time to read a parquet of embeddings into a tensor, as train_rqvae.py does and by way of lists, and the
-memory of the first beside the tensor's.
+memory of the first beside the tensor's (on Linux).
 """
 
 import argparse
@@ -37,10 +37,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_rqvae  # noqa: E402
 
-MEMORY = """
-import resource, sys
+MEMORY = r"""
+import re, sys
 import train_rqvae
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 embeddings = train_rqvae.EmbeddingDataset(sys.argv[1]).embeddings
 print(peak() - before, embeddings.nbytes)
