@@ -27,6 +27,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,8 +49,9 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
-ROWS_PER_PASS = 1024  # rows encoded at once outside training, each with SEARCH_WIDTH reconstructions
+READERS = 4  # pieces of a parquet file read at once
 ROWS_PER_CPU_PASS = 2048  # rows of a training batch at once: what they become stays in the CPU's caches
+DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions at once outside training, the same way
 SEARCH_WIDTH = 32  # IDs of each item that are decoded to find the best
 TRAINING_SEARCH_WIDTH = 4  # the same in training and validation, which pay for it again and again
 SEARCH_FROM = 0.5  # of all steps: before, the nearest codes are good enough to learn from
@@ -241,15 +243,19 @@ class EmbeddingDataset(Dataset):
             named = [name for name in ("title", "item_context", "parent_asin") if columns.get(name) == pl.String]
             texts = pl.col(named).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH)
             label = pl.coalesce(texts) if named else pl.lit("")
-            table = file.select("parent_asin", "embedding", label.alias("label")).collect()
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+            table = file.select("parent_asin", label.alias("label")).collect()
+            if table.height == 0:
+                fail(path, "no rows", again)
+            self.parent_asin = table["parent_asin"]
+            self.labels = table["label"].fill_null("")
+            self._check_names(path)
+            kind = columns["embedding"]
+            if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
+                fail(path, f"embedding is {kind}, not a list of Float32", again)
+            rows = max(1, int(pl.read_parquet_metadata(path).get("rows_per_group", table.height)))
+            self.embeddings = self._read_vectors(file, rows, path)  # (N, D)
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
-        if table.height == 0:
-            fail(path, "no rows", again)
-        self.parent_asin = table["parent_asin"]
-        self.labels = table["label"].fill_null("")
-        self._check_names(path)
-        self.embeddings = self._as_tensor(table["embedding"], path)  # (N, D)
 
     def _check_names(self, path: Path) -> None:
         if self.parent_asin.dtype != pl.String or self.parent_asin.null_count():
@@ -260,28 +266,35 @@ class EmbeddingDataset(Dataset):
             trouble = f"{repeated.sum()} duplicate parent_asin, the first is {first!r} in row {repeated.argmax()}"
             fail(path, trouble, "keep one row of each and run the three scripts again")
 
-    def _as_tensor(self, column: pl.Series, path: Path) -> Tensor:
-        again = "run embed_items.py again"
-        kind = column.dtype
-        if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
-            fail(path, f"embedding is {kind}, not a list of Float32", again)
-        if kind.base_type() == pl.Array:
-            column = column.arr.to_list()
-        sizes = column.list.len().fill_null(0).to_numpy()
-        odd = sizes != sizes[0] if sizes[0] else sizes == 0
+    def _read_vectors(self, file: pl.LazyFrame, rows: int, path: Path) -> Tensor:
+        """Fills the tensor piece by piece, several at once, as polars reads a column of lists on one core."""
+        again, n = "run embed_items.py again", len(self.parent_asin)
+        lists = file.select(pl.col("embedding").cast(pl.List(pl.Float32)))
+        dim = lists.head(1).collect().to_series().list.len().item()
+        if not dim:
+            empty = lists.select((pl.col("embedding").list.len().fill_null(0) == 0).sum()).collect().item()
+            fail(path, f"{empty} embeddings are null or empty, the first in row 0", again)
+        vectors, odd = np.empty((n, dim), dtype=np.float32), np.zeros(n, dtype=bool)
+
+        def read(start: int) -> None:
+            piece = slice(start, start + rows)
+            column = lists.slice(start, rows).collect().to_series()
+            odd[piece] = column.list.len().fill_null(0).to_numpy() != dim
+            if not odd[piece].any():
+                vectors[piece] = column.list.to_array(dim).to_numpy()
+
+        with ThreadPoolExecutor(READERS) as pool:
+            list(pool.map(read, range(0, n, rows)))
         if odd.any():
             row = int(odd.argmax())
             fail(path, f"{odd.sum()} embeddings are not of one dimension, the first in row {row}", again)
-        with np.errstate(over="ignore"):  # what float32 cannot hold is refused below, as infinite
-            array = column.list.to_array(int(sizes[0])).to_numpy().astype(np.float32, copy=False)
-            broken = ~np.isfinite(array.sum(axis=1))  # of these, some may only have too large a sum
-        broken[broken] = ~np.isfinite(array[broken]).all(axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            broken = ~np.isfinite(vectors.sum(axis=1))  # of these, some may only have too large a sum
+        broken[broken] = ~np.isfinite(vectors[broken]).all(axis=1)
         if broken.any():
             first = self.parent_asin[int(broken.argmax())]
             fail(path, f"{broken.sum()} NaN or infinite embeddings, the first is item {first!r}", again)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this memory is polars': nobody else holds it
-            return torch.from_numpy(array)
+        return torch.from_numpy(vectors)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -321,6 +334,11 @@ def rotate_to(x: Tensor, code: Tensor) -> Tensor:
         scale = code.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     rotated = scale * (x - 2 * (x * r).sum(-1, keepdim=True) * r + 2 * (x * e).sum(-1, keepdim=True) * q)
     return code.detach() + (rotated - rotated.detach())
+
+
+def rows_per_pass(device: torch.device, width: int = TRAINING_SEARCH_WIDTH) -> int:
+    """Rows to encode at once, each with `width` reconstructions."""
+    return max(1, DECODED_PER_PASS[device.type] // width)
 
 
 class QuantizerOutput(NamedTuple):
@@ -562,7 +580,7 @@ class RQVAE(nn.Module):
 
         Of `width` likely IDs it is the one that decodes nearest to the item; 1 takes the nearest codes.
         """
-        parts = x.split(ROWS_PER_PASS)
+        parts = x.split(rows_per_pass(x.device, width))
         return torch.cat([self.search(self.encode(part), self.standardise(part), width) for part in parts])
 
     @torch.no_grad()
@@ -620,7 +638,7 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int)
 def start_quantizing(model: RQVAE, x: Tensor, optimizers: list[Optimizer], rows_per_step: int, seed: int) -> None:
     """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D)."""
     with torch.no_grad():
-        latents = torch.cat([model.encode(part) for part in x.split(ROWS_PER_PASS)])
+        latents = torch.cat([model.encode(part) for part in x.split(rows_per_pass(x.device))])
     if not latents.isfinite().all():
         diverged("latents became NaN or infinite before k-means")
     init_codebooks(model, rescale_latents(model, latents), rows_per_step, seed)
@@ -691,9 +709,9 @@ def encode_catalogue(
     The codes are those of RQVAE.encode_to_semantic_ids with that width.
     """
     order = torch.arange(len(embeddings), device=embeddings.device) if order is None else order
-    parts = []
-    for rows in order.split(ROWS_PER_PASS):
-        x = embeddings[rows].to(model.input_mean.device)
+    parts, device = [], model.input_mean.device
+    for rows in order.split(rows_per_pass(device, width)):
+        x = embeddings[rows].to(device)
         latents = model.encode(x).float()
         codes = model.search(latents, model.standardise(x), width)
         parts.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
@@ -727,7 +745,7 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
     config = model.config
     model.eval()
     terms = 0.0
-    for rows in val_rows.split(ROWS_PER_PASS):
+    for rows in val_rows.split(rows_per_pass(embeddings.device)):
         losses = model(model.standardise(embeddings[rows]))
         terms = terms + loss_terms(losses, config) * (len(rows) / len(val_rows))
     _, codes, residual_norm = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)

@@ -820,7 +820,7 @@ def test_validation_is_over_the_held_out_rows_and_the_whole_catalogue(monkeypatc
         residuals = model.encode(x) - model.decode_levels(codes)
     statistics = train_rqvae.code_statistics(codes, SIZE)
     for size in (32768, 7):
-        monkeypatch.setattr(train_rqvae, "ROWS_PER_PASS", size)
+        monkeypatch.setitem(train_rqvae.DECODED_PER_PASS, "cpu", size)
         found = train_rqvae.validate(model, x, rows)
         assert model.training
         assert found["val/total_loss"] == pytest.approx(losses.total.item(), rel=1e-4)
@@ -1142,6 +1142,16 @@ def test_dataset_is_the_file_bit_for_bit(tmp_path, kind):
     assert dataset.parent_asin.to_list() == [f"B{row:03}" for row in range(20)]
     assert dataset.labels.to_list() == ["title"] * 19 + ["text"]
     assert torch.equal(train_rqvae.EmbeddingDataset(tmp_path / "a.parquet", num_rows=7).embeddings, x[:7])
+
+
+@pytest.mark.parametrize("claimed", ["1", "7", "8", "20", "8192", "-8"])
+def test_dataset_is_read_whole_in_pieces_of_any_size(tmp_path, claimed):
+    x = clusters(20)
+    table = pl.DataFrame({"parent_asin": [f"B{row}" for row in range(20)], "embedding": x.numpy()})
+    table = table.cast({"embedding": pl.List(pl.Float32)})
+    table.write_parquet(tmp_path / "a.parquet", row_group_size=8, metadata={"rows_per_group": claimed})
+    assert torch.equal(train_rqvae.EmbeddingDataset(tmp_path / "a.parquet").embeddings, x)
+    assert torch.equal(train_rqvae.EmbeddingDataset(tmp_path / "a.parquet", num_rows=13).embeddings, x[:13])
 
 
 @pytest.mark.parametrize(

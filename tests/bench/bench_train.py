@@ -158,7 +158,9 @@ def compare_reading(rows: int, repeats: int) -> None:
         path = Path(folder, "Bench_items_with_embeddings.parquet")
         names = pl.Series("parent_asin", [f"item {i}" for i in range(rows)])
         vectors = pl.Series("embedding", torch.randn(rows, 1024).numpy()).cast(pl.List(pl.Float32))
-        pl.DataFrame([names, vectors]).write_parquet(path, compression="uncompressed")  # as embed_items.py does
+        pl.DataFrame([names, vectors]).write_parquet(  # as embed_items.py does
+            path, compression="uncompressed", row_group_size=8192, metadata={"rows_per_group": "8192"}
+        )
         ways = {
             "ours": lambda: train_rqvae.EmbeddingDataset(path).embeddings,
             "through lists": lambda: torch.tensor(pl.read_parquet(path)["embedding"].to_list()),
