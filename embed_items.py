@@ -161,7 +161,7 @@ def read_tokens(path: Path) -> Tokens:
 def fingerprint(catalogue: pl.DataFrame) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, as in tokenize_items.py."""
     digest = hashlib.sha256()
-    for rows in catalogue.select("parent_asin", "item_context").iter_slices(65536):
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices(4096):
         for text in rows:
             digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
             digest.update(text.str.join().item().encode())

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 LIST_FLAGS = "--help lists the flags"
 END_OF_TEXT = "<|endoftext|>"  # Qwen3-Embedding reads its vector off this last token
-TEXTS_PER_CALL = 8192  # enough for the tokenizer's own threads to share
+TEXTS_PER_CALL = 2048  # enough for the tokenizer's own threads to share, few enough to hold
 MANY_TRUNCATED = 0.05
 
 # ---------------------------------------------------------------- configuration
@@ -123,7 +123,7 @@ def read_catalogue(path: Path) -> pl.DataFrame:
 def fingerprint(catalogue: pl.DataFrame) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, the same in embed_items.py."""
     digest = hashlib.sha256()
-    for rows in catalogue.select("parent_asin", "item_context").iter_slices(65536):
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices(4096):
         for text in rows:
             digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
             digest.update(text.str.join().item().encode())

@@ -121,8 +121,12 @@ def main() -> None:
         with np.load(folder / f"{CATEGORY}_tokenized.npz", allow_pickle=False) as npz:
             arrays = npz["input_ids"].nbytes + npz["attention_mask"].nbytes
         print(f"arrays written        {arrays / 1e6:,.0f} MB")
-        print(f"peak memory           {peak / 1e6:,.0f} MB, {peak / arrays:.2f} times those")
-        print(f"peak before the work  {before / 1e6:,.0f} MB, libraries and the tokenizer loaded")
+        print(
+            f"peak memory           {peak / 1e6:,.0f} MB, {peak / arrays:.2f} times those; {before / 1e6:,.0f} MB of it"
+        )
+        print(
+            f"                      are the libraries and the tokenizer, the rest {(peak - before) / arrays:.2f} times"
+        )
 
 
 if __name__ == "__main__":
