@@ -31,10 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FINGERPRINT_ROWS = 4096  # digested at once; part of the format
 LIST_FLAGS = "--help lists the flags"
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # a CPU's caches hold few, a GPU is idle with few
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +44,7 @@ ITEMS_CHECKED = 8  # embedded alone and together before the long work
 GOOD_AGREEMENT = 0.999
 SHORTEST_PREFIX = 8  # tokens; below, sharing them saves less than it costs
 ROWS_PER_GROUP = 8192  # of the parquet file, for train_rqvae.py to read several at once
-BATCHES_IN_FLIGHT = 16  # queued on the device before the host waits for their vectors
+BATCHES_IN_FLIGHT = 16  # queued on a GPU before the host waits for their vectors
 
 # ---------------------------------------------------------------- configuration
 
@@ -161,7 +163,7 @@ def read_tokens(path: Path) -> Tokens:
 def fingerprint(catalogue: pl.DataFrame) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, as in tokenize_items.py."""
     digest = hashlib.sha256()
-    for rows in catalogue.select("parent_asin", "item_context").iter_slices(4096):
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices(FINGERPRINT_ROWS):
         for text in rows:
             digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
             digest.update(text.str.join().item().encode())
@@ -217,7 +219,7 @@ def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Serie
     if top >= known or tokens.ids.min() < 0:
         fail(tokens_path, f"holds token {top}, but {name} knows only {known}", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
-    if limit and longest > limit:
+    if limit and 0 < limit < longest:  # XLNet, which knows no limit, says -1
         fail(
             tokens_path,
             f"items of {longest} tokens; {name} reads only {limit}",
@@ -297,9 +299,16 @@ def common_start(tokens: Tokens) -> np.ndarray:
 
 @torch.inference_mode()
 def read_prefix(model: PreTrainedModel, ids: np.ndarray) -> Cache | None:
-    """Keys and values of tokens (P) that every item starts with; None where the model keeps none (BERT's kin)."""
+    """Keys and values of tokens (P) that every item starts with.
+
+    None where the model keeps none (BERT's kin), or keeps what cannot be repeated for a batch (linear attention).
+    """
     input_ids = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(model.device)
-    return getattr(model(input_ids=input_ids, use_cache=True), "past_key_values", None)
+    cache = getattr(model(input_ids=input_ids, use_cache=True), "past_key_values", None)
+    layers = getattr(cache, "layers", [])
+    return (
+        cache if layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) else None
+    )
 
 
 @torch.inference_mode()
@@ -312,9 +321,9 @@ def embed(
     an item's last token does not see the padding that follows, and needs no mask.
     """
     input_ids, mask = lay_out(tokens, rows, prefix.get_seq_length() if prefix else 0)
-    if model.device.type == "cuda":
-        input_ids, mask = input_ids.pin_memory(), mask.pin_memory()
-    input_ids, mask = (tensor.to(model.device, non_blocking=True) for tensor in (input_ids, mask))
+    if model.device.type == "cuda":  # the host goes on while pinned memory is copied
+        input_ids, mask = (tensor.pin_memory().to(model.device, non_blocking=True) for tensor in (input_ids, mask))
+    input_ids, mask = input_ids.to(model.device), mask.to(model.device)
     if prefix:
         past = copy.deepcopy(prefix)  # the model adds the items' own to it
         past.batch_repeat_interleave(len(rows))
@@ -340,15 +349,15 @@ def embed_all(
 ) -> np.ndarray:
     """Every item's vector in catalogue order, (N, D) float32; first (N) is the first row of the same text."""
     distinct = np.flatnonzero(first == np.arange(len(first)))
-    skip = prefix.get_seq_length() if prefix else 0
-    batches = batches_by_length(tokens.lengths[distinct] - skip, config.tokens_per_batch)
+    batches = batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)
+    at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
     width = min(config.target_dim, model.config.hidden_size)
     embeddings = np.full((len(first), width), np.nan, dtype=np.float32)  # a row left out would be found
     done, start = 0, time.perf_counter()
     # counted in tokens, because the longest items come first and items alone would make the time left too long
     with tqdm(total=int(tokens.lengths[distinct].sum()), unit=" tokens", unit_scale=True, desc="embed") as progress:
-        for i in range(0, len(batches), BATCHES_IN_FLIGHT):
-            rows = [distinct[batch] for batch in batches[i : i + BATCHES_IN_FLIGHT]]
+        for i in range(0, len(batches), at_once):
+            rows = [distinct[batch] for batch in batches[i : i + at_once]]
             vectors = [embed(model, tokens, batch, config, prefix) for batch in rows]
             rows = np.concatenate(rows)
             embeddings[rows] = torch.cat(vectors).cpu().numpy()
@@ -431,11 +440,11 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     embeddings = embed_all(model, tokens, first, config, prefix)  # (N, D)
     seconds = time.perf_counter() - start
-    print(f"{n / seconds:,.0f} items and {len(tokens.ids) / seconds:,.0f} tokens a second")
+    print(f"{n / seconds:,.0f} items a second")
     broken = ~(np.abs(np.linalg.norm(embeddings, axis=1) - 1) < 1e-3)
     if count := int(broken.sum()):
-        first = catalogue["parent_asin"][int(broken.argmax())]
-        trouble = f"{count} items became NaN, infinite or zero with {model_name} in {dtype}, the first is {first!r}"
+        name = catalogue["parent_asin"][int(broken.argmax())]
+        trouble = f"{count} items became NaN, infinite or zero with {model_name} in {dtype}, the first is {name!r}"
         fail(tokens_path, trouble, "use --dtype float32")
 
     vectors = pl.Series("embedding", embeddings).cast(pl.List(pl.Float32))

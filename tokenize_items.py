@@ -29,7 +29,8 @@ from transformers.hf_argparser import HfArg
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FINGERPRINT_ROWS = 4096  # digested at once; part of the format
 LIST_FLAGS = "--help lists the flags"
 END_OF_TEXT = "<|endoftext|>"  # Qwen3-Embedding reads its vector off this last token
 TEXTS_PER_CALL = 2048  # enough for the tokenizer's own threads to share, few enough to hold
@@ -123,7 +124,7 @@ def read_catalogue(path: Path) -> pl.DataFrame:
 def fingerprint(catalogue: pl.DataFrame) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, the same in embed_items.py."""
     digest = hashlib.sha256()
-    for rows in catalogue.select("parent_asin", "item_context").iter_slices(4096):
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices(FINGERPRINT_ROWS):
         for text in rows:
             digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
             digest.update(text.str.join().item().encode())

@@ -50,8 +50,9 @@ from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
 READERS = 4  # pieces of a parquet file read at once
+LEAST_ROWS_READ = 1024  # in such a piece; each costs some milliseconds
 ROWS_PER_CPU_PASS = 2048  # rows of a training batch at once: what they become stays in the CPU's caches
-DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions at once outside training, the same way
+DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions at once outside training
 SEARCH_WIDTH = 32  # IDs of each item that are decoded to find the best
 TRAINING_SEARCH_WIDTH = 4  # the same in training and validation, which pay for it again and again
 SEARCH_FROM = 0.5  # of all steps: before, the nearest codes are good enough to learn from
@@ -252,9 +253,10 @@ class EmbeddingDataset(Dataset):
             kind = columns["embedding"]
             if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
                 fail(path, f"embedding is {kind}, not a list of Float32", again)
-            rows = max(1, int(pl.read_parquet_metadata(path).get("rows_per_group", table.height)))
+            rows = pl.read_parquet_metadata(path).get("rows_per_group", "")
+            rows = min(max(LEAST_ROWS_READ, int(rows)), table.height) if rows.isdecimal() else table.height
             self.embeddings = self._read_vectors(file, rows, path)  # (N, D)
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
 
     def _check_names(self, path: Path) -> None:
@@ -338,7 +340,7 @@ def rotate_to(x: Tensor, code: Tensor) -> Tensor:
 
 def rows_per_pass(device: torch.device, width: int = TRAINING_SEARCH_WIDTH) -> int:
     """Rows to encode at once, each with `width` reconstructions."""
-    return max(1, DECODED_PER_PASS[device.type] // width)
+    return max(1, DECODED_PER_PASS.get(device.type, DECODED_PER_PASS["cpu"]) // width)
 
 
 class QuantizerOutput(NamedTuple):
@@ -463,8 +465,9 @@ def mlp(sizes: list[int]) -> nn.Sequential:
 class RQVAE(nn.Module):
     """Residual-quantized autoencoder of embeddings (TIGER, arXiv:2305.05065, section 3.1).
 
-    Takes and returns embeddings as stored; inside it sees them standardised by one mean vector and one scale,
-    which it keeps, so that the reconstruction and the quantization losses are of one magnitude.
+    Takes and returns embeddings as stored, but for `forward` and `search`; inside it sees them standardised by one
+    mean vector and one scale, which it keeps, so that the reconstruction and the quantization losses are of one
+    magnitude.
     """
 
     def __init__(self, config: RQVAEConfig):
@@ -712,7 +715,7 @@ def encode_catalogue(
     parts, device = [], model.input_mean.device
     for rows in order.split(rows_per_pass(device, width)):
         x = embeddings[rows].to(device)
-        latents = model.encode(x).float()
+        latents = model.encode(x)
         codes = model.search(latents, model.standardise(x), width)
         parts.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
     latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -740,9 +743,11 @@ def loss_metrics(prefix: str, terms: Tensor, config: RQVAEConfig) -> dict[str, f
 def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, float]:
     """Losses over the held-out rows, and the codes of the whole catalogue: embeddings (N, D), val_rows (V).
 
-    With the narrower search of training, so that the codes of `export` differ a little and fit better.
+    With the narrower search of training, so that the codes of `export` differ a little and fit better; in float32, as
+    the model will be used.
     """
-    config = model.config
+    config, mlp_dtype = model.config, model.mlp_dtype
+    model.mlp_dtype = torch.float32
     model.eval()
     terms = 0.0
     for rows in val_rows.split(rows_per_pass(embeddings.device)):
@@ -750,6 +755,7 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
         terms = terms + loss_terms(losses, config) * (len(rows) / len(val_rows))
     _, codes, residual_norm = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)
     model.train()
+    model.mlp_dtype = mlp_dtype
     statistics = code_statistics(codes, config.codebook_size)
     metrics = loss_metrics("val", terms, config) | {
         "catalogue/distinct": statistics.distinct,
@@ -960,15 +966,15 @@ def choose_device(name: str) -> tuple[torch.device, str]:
     return torch.device(name), "asked for"
 
 
-def training_dtype(device: torch.device, name: str) -> torch.dtype:
+def choose_dtype(device: torch.device, name: str) -> str:
     """The number type that --dtype asks for, or that suits the device."""
     if name != "auto":
-        return getattr(torch, name)
+        return name
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # torch 2.11 cannot tell
         fast = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+    return "bfloat16" if fast else "float32"
 
 
 def split_rows(n: int, config: RQVAEConfig) -> tuple[Tensor, Tensor]:
@@ -1024,7 +1030,7 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
         share = torch.distributions.Beta(alpha, alpha).sample((len(x), 1)).to(x)  # (B, 1)
         x = torch.lerp(x.roll(1, dims=0), x, share)
         stretch = stretch / (share.square() + (1 - share).square()).sqrt()
-    target = (x - model.input_mean).mul_(stretch)  # a batch is as much as memory passes in the time of a product
+    target = (x - model.input_mean).mul_(stretch)
     return (torch.add(target, torch.randn_like(target), alpha=noise) if noise else target), target
 
 
@@ -1045,7 +1051,8 @@ def train_step(
     """
     config, terms, codes = model.config, 0.0, []
     on_cpu = embeddings.device.type == "cpu"
-    for batch in rows.split(min(config.batch_size, ROWS_PER_CPU_PASS) if on_cpu else config.batch_size):
+    most = min(config.batch_size, ROWS_PER_CPU_PASS) if on_cpu else config.batch_size
+    for batch in rows.chunk(math.ceil(len(rows) / most)):  # of one size, so that each has rows to mix
         share = len(batch) / len(rows)
         losses = model(*augment(embeddings[batch], model, noise, config.input_mixing), width)
         (losses.total * share).backward()
@@ -1634,9 +1641,10 @@ def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
             warn(f"{path} is damaged ({error}): passed over")
             continue
         way_out = "give the same flags as before, or another --checkpoint_dir"
+        trained = asdict(RQVAEConfig(**checkpoint["config"]))
         for name, value in asdict(config).items():
-            if name not in FREE_FIELDS and checkpoint["config"].get(name) != value:
-                fail(path, f"trained with --{name} {checkpoint['config'].get(name)}, not {value}", way_out)
+            if name not in FREE_FIELDS and trained[name] != value:
+                fail(path, f"trained with --{name} {trained[name]}, not {value}", way_out)
         if checkpoint["data"] != data:
             fail(path, "trained on other embeddings than these", "train again in another --checkpoint_dir")
         print(f"going on from {path}")
@@ -1676,6 +1684,7 @@ def main(argv: list[str] | None = None) -> int:
         trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
         fail(source, trouble, f"leave --item_embedding_dim out, or embed with --target_dim {config.item_embedding_dim}")
     config.item_embedding_dim = dim
+    config.dtype = choose_dtype(device, config.dtype)
     check_sizes(n, source, config, config.collisions)
     plan = plan_training(n, config)
     check_plan(plan, source, config)
@@ -1690,12 +1699,12 @@ def main(argv: list[str] | None = None) -> int:
                 fail(best_path, "gone, or another run's", "train again without --resume")
     torch.manual_seed(config.seed)
     model = RQVAE(config).to(device)
-    model.mlp_dtype = training_dtype(device, config.dtype)
+    model.mlp_dtype = getattr(torch, config.dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = n - len(plan.train_rows)
     print(
         f"{len(plan.train_rows):,} training and {held_out:,} validation items, "
-        f"{parameters / 1e6:.2f} million parameters, MLPs trained in {str(model.mlp_dtype).removeprefix('torch.')}"
+        f"{parameters / 1e6:.2f} million parameters, MLPs trained in {config.dtype}"
     )
     print(
         f"{plan.total_steps:,} steps of {plan.rows_per_step:,} items, {plan.steps_per_epoch} an epoch; "

@@ -13,7 +13,7 @@ import torch
 from conftest import complaint, files_of, make_texts, save_qwen3
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, Lfm2Config, Lfm2Model
 
 import embed_items
 import tokenize_items
@@ -223,14 +223,14 @@ def test_the_instruction_is_read_once(qwen3_dir, change_forward, reference, caps
         return forward(**inputs)
 
     change_forward(count)
-    main(flags(qwen3_dir))
+    main(flags(qwen3_dir, "--tokens_per_batch", "1"))
     said = re.search(r"the (\d+) tokens that all items start with are read once", capsys.readouterr().out)
     prefix = AutoTokenizer.from_pretrained(str(read_npz(qwen3_dir)["model_name"]))
     prefix = len(prefix(PROMPT.split("{}")[0], add_special_tokens=False)["input_ids"])
     assert abs(int(said[1]) - prefix) <= 1  # its last letter may make one token with the text's first
-    real = int(read_npz(qwen3_dir)["attention_mask"].sum()) - 60 * int(said[1])
-    assert real <= sum(shared)
-    assert len(plain) == 1 + embed_items.ITEMS_CHECKED  # the prefix itself, and the items that were checked alone
+    own = read_npz(qwen3_dir)["attention_mask"].sum(axis=1, dtype=int) - int(said[1])
+    assert sum(shared) == own.sum() + 2 * own.max()  # the shortest and the longest were also checked, together
+    assert plain == [int(said[1]), int(said[1]) + own.min(), int(said[1]) + own.max()]  # and both alone
     assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
 
 
@@ -241,6 +241,26 @@ def test_a_model_that_cannot_share_the_instruction_reads_it_each_time(qwen3_dir,
     assert "are read once" not in captured.out
     assert "warning" not in captured.err
     assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
+
+
+@pytest.mark.parametrize("layers", [["conv", "full_attention"], ["full_attention", "conv"]])
+def test_a_model_with_other_layers_than_attention_shares_no_instruction(
+    qwen3_dir, tiny_encoder, tmp_path, capsys, layers
+):
+    torch.manual_seed(0)
+    vocabulary = AutoModel.from_pretrained(tiny_encoder).config.vocab_size
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Lfm2Config(vocab_size=vocabulary, num_hidden_layers=2, layer_types=layers, **sizes)
+    Lfm2Model(config).save_pretrained(tmp_path / "lfm2")
+    main(flags(qwen3_dir, "--model_name", str(tmp_path / "lfm2")))
+    assert "are read once" not in capsys.readouterr().out
+    model = AutoModel.from_pretrained(tmp_path / "lfm2", dtype=torch.float64)
+    npz, vectors = read_npz(qwen3_dir), read_vectors(qwen3_dir)
+    for row in (0, 59):
+        ids = torch.from_numpy(npz["input_ids"][row][npz["attention_mask"][row] > 0]).long()
+        with torch.inference_mode():
+            expected = torch.nn.functional.normalize(model(input_ids=ids[None]).last_hidden_state[0, -1], dim=0)
+        assert np.abs(vectors[row] - expected.numpy()).max() < 1e-5
 
 
 def test_equal_texts_are_embedded_once(qwen3_dir, catalogue, tiny_encoder, reference, monkeypatch, capsys):
@@ -286,7 +306,7 @@ def test_the_output_keeps_every_column_and_the_order(qwen3_dir, catalogue, tiny_
     assert written["embedding"].null_count() == 0
     metadata = pl.read_parquet_metadata(path)
     expected = {
-        "format_version": "1",
+        "format_version": "2",
         "model_name": str(tiny_encoder),
         "instruction": INSTRUCTION,
         "pooling": "last",
@@ -324,7 +344,8 @@ def test_other_columns_may_change_between_the_stages(qwen3_dir, catalogue):
 
 
 def test_both_scripts_take_the_same_fingerprint(catalogue):
-    for frame in (catalogue, catalogue.head(1), catalogue.reverse()):
+    long = pl.concat([catalogue] * (1 + tokenize_items.FINGERPRINT_ROWS // 60))  # more than one slice
+    for frame in (catalogue, catalogue.head(1), catalogue.reverse(), long):
         assert embed_items.fingerprint(frame) == tokenize_items.fingerprint(frame)
 
 
@@ -532,7 +553,7 @@ def test_an_npz_without_a_key_is_refused(with_earlier, refused, key):
 
 
 CONTRADICTIONS = {
-    "another format": lambda n: {"format_version": 2},
+    "another format": lambda n: {"format_version": 1},
     "n_items too high": lambda n: {"n_items": 61},
     "n_items too low": lambda n: {"n_items": 59},
     "n_items infinite": lambda n: {"n_items": float("inf")},

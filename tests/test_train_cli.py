@@ -783,10 +783,32 @@ def test_dtype_is_that_of_the_mlps_in_training_alone(folder, monkeypatch, capsys
     assert run(folder, dtype=dtype) == 0
     assert f"MLPs trained in {dtype}" in capsys.readouterr().out
     assert made[True] == {getattr(torch, dtype)}
-    assert made[False] == {getattr(torch, dtype), torch.float32}  # validation, and the export
+    assert made[False] == {torch.float32}  # validation, and the export
     assert walked == {torch.float32}
     model = train_rqvae.load_model(checkpoints(folder) / "best_model.pth")
     assert {model.mlp_dtype, *(tensor.dtype for tensor in model.state_dict().values())} == {torch.float32}
+
+
+def test_a_run_goes_on_in_the_number_type_that_it_began_in(folder, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12)
+        run(folder, dtype="bfloat16")
+    assert load(folder, "checkpoint_step_12")["config"]["dtype"] == "bfloat16"
+    monkeypatch.setattr(train_rqvae, "choose_dtype", lambda device, name: "float32")  # as on another machine
+    with pytest.raises(SystemExit, match="2"):
+        run(folder, "--resume")
+    assert "trained with --dtype bfloat16, not float32" in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_a_flag_counts_as_its_default(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 12)
+        run(folder)
+    path = checkpoints(folder) / "checkpoint_step_12.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["config"]["input_noise"]
+    torch.save(checkpoint, path)
+    assert run(folder, "--resume") == 0
 
 
 def test_training_in_bfloat16_learns_as_much(folder):
@@ -867,7 +889,7 @@ def test_everything_that_is_tracked_is_logged(folder, recorder):
 
 
 def test_logged_catalogue_figures_are_those_of_the_model(folder, recorder):
-    assert run(folder, dtype="float32") == 0
+    assert run(folder) == 0
     model = train_rqvae.load_model(checkpoints(folder) / "final_model.pth")
     x = embeddings_of(folder)
     width = train_rqvae.TRAINING_SEARCH_WIDTH
@@ -883,7 +905,7 @@ def test_logged_catalogue_figures_are_those_of_the_model(folder, recorder):
 
 
 def test_best_model_is_handed_over_once_with_what_it_is_worth(folder, recorder):
-    assert run(folder, dtype="float32") == 0
+    assert run(folder) == 0
     (artifact,) = recorder.artifacts
     best = load(folder, "best_model")
     assert artifact.type == "model"

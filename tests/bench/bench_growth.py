@@ -29,6 +29,7 @@ import polars as pl
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "data" / "output" / "Sample_items_updated.parquet"
 CATEGORY = "Growth"
+ROWS_PER_GROUP = 8192  # as in embed_items.py, which would make this process large
 
 
 def run(*command: str) -> tuple[float, float]:
@@ -63,8 +64,10 @@ def write_embeddings(folder: Path, n: int, dim: int) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     items = pl.DataFrame({"parent_asin": "item " + pl.Series(np.arange(n)).cast(pl.String)})
     items = items.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
-    path, metadata = folder / f"{CATEGORY}_items_with_embeddings.parquet", {"rows_per_group": "8192"}
-    items.write_parquet(path, compression="uncompressed", row_group_size=8192, metadata=metadata)  # as embed_items.py
+    path, metadata = folder / f"{CATEGORY}_items_with_embeddings.parquet", {"rows_per_group": str(ROWS_PER_GROUP)}
+    items.write_parquet(
+        path, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata
+    )  # as embed_items.py
 
 
 def measure(n: int, flags: argparse.Namespace) -> dict[str, tuple[float, float]]:

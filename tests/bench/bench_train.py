@@ -6,10 +6,11 @@
 
 On synthetic embeddings, in turn, several times, in one process:
 
-nearest codes    a step of ours as in the first half of a run
+nearest codes    a step of ours as in the first half of a run, in the number type that --dtype auto takes here for the
+                 MLPs, and in float32
 searched codes   the same as in the second half, where IDs are searched for
-products         the matrix products of each alone, in the same number types, operands ready in memory: the layers'
-                 forward and two backward ones, the distances to the codes, and the search's decoder passes
+products         the matrix products of each alone, in the same number types and pieces: the layers' forward and two
+                 backward ones, the distances to the codes, and the search's decoder passes
 ResidualVQ       of vector-quantize-pytorch in the same MLP, float32, Adam, as its README shows
 
 Then the time to read a parquet of embeddings into a tensor, as train_rqvae.py does and by way of lists, and the
@@ -18,6 +19,7 @@ memory of the first beside the tensor's (on Linux).
 
 import argparse
 import itertools
+import math
 import os
 import statistics
 import subprocess
@@ -36,6 +38,7 @@ from vector_quantize_pytorch import ResidualVQ
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_rqvae  # noqa: E402
+from embed_items import ROWS_PER_GROUP  # noqa: E402
 
 MEMORY = r"""
 import re, sys
@@ -64,7 +67,7 @@ def milliseconds(work: Callable[[], object], steps: int, device: torch.device) -
 def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
     torch.manual_seed(0)
     model = train_rqvae.RQVAE(config).to(x.device)
-    model.mlp_dtype = train_rqvae.training_dtype(x.device, config.dtype)
+    model.mlp_dtype = getattr(torch, config.dtype)
     train_rqvae.fit_standardisation(model, x)
     optimizers = train_rqvae.make_optimizers(model, config.max_lr)
     train_rqvae.start_quantizing(model, x[:4096], optimizers, config.batch_size, 0)
@@ -73,28 +76,30 @@ def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable
 
 
 def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
-    """What a step cannot do without; products of float32 stay so on a GPU, too."""
-    dtype, rows = train_rqvae.training_dtype(x.device, config.dtype), config.batch_size
+    """What a step cannot do without, in pieces as large as ours, operands and results in memory beforehand."""
+    dtype, rows = getattr(torch, config.dtype), config.batch_size
+    pieces = math.ceil(rows / train_rqvae.ROWS_PER_CPU_PASS) if x.device.type == "cpu" else 1
+    rows //= pieces
     sizes = [config.item_embedding_dim, *config.encoder_hidden_dims, config.codebook_embedding_dim]
     size, dim = config.codebook_size, config.codebook_embedding_dim
 
-    def pair(n: int, inner: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        draw = lambda *shape: torch.randn(*shape, dtype=dtype, device=x.device)  # noqa: E731
-        return draw(n, inner), draw(inner, m)
+    def product(n: int, inner: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        empty = lambda *shape: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
+        return empty(n, inner).normal_(), empty(inner, m).normal_(), empty(n, m)
 
     products = []
     for stack in (sizes, sizes[::-1]):
-        for fan_in, fan_out in itertools.pairwise(stack):
-            products += [pair(rows, fan_in, fan_out, dtype), pair(fan_in, rows, fan_out, dtype)]
-            if fan_in != sizes[0] or stack is not sizes:  # the inputs need no gradient
-                products.append(pair(rows, fan_out, fan_in, dtype))
+        for i, (fan_in, fan_out) in enumerate(itertools.pairwise(stack)):
+            products += [product(rows, fan_in, fan_out, dtype), product(fan_in, rows, fan_out, dtype)]
+            if i or stack is not sizes:  # the inputs need no gradient
+                products.append(product(rows, fan_out, fan_in, dtype))
     beams = 1
     for _ in range(config.codebook_quantization_levels):
-        products.append(pair(rows * beams, dim, size, torch.float32))
+        products.append(product(rows * beams, dim, size, torch.float32))
         beams = min(width, beams * size)
     if width > 1:
-        products += [pair(rows * beams, *layer, dtype) for layer in itertools.pairwise(sizes[::-1])]
-    return lambda: [a @ b for a, b in products]
+        products += [product(rows * beams, *layer, dtype) for layer in itertools.pairwise(sizes[::-1])]
+    return lambda: [torch.mm(a, b, out=c) for _ in range(pieces) for a, b, c in products]
 
 
 def residual_vq_step(config: train_rqvae.RQVAEConfig, x: Tensor) -> Callable[[], object]:
@@ -124,33 +129,31 @@ def residual_vq_step(config: train_rqvae.RQVAEConfig, x: Tensor) -> Callable[[],
 
 def compare_steps(flags: argparse.Namespace) -> None:
     device = torch.device(flags.device)
-    config = train_rqvae.RQVAEConfig(item_embedding_dim=flags.dim, batch_size=flags.batch_size, dtype=flags.dtype)
     torch.manual_seed(0)
     x = F.normalize(torch.randn(flags.rows, 64) @ torch.randn(64, flags.dim) + torch.randn(flags.rows, flags.dim))
     x = x.to(device)
-    wide = train_rqvae.TRAINING_SEARCH_WIDTH
-    sides = {
-        "nearest codes": our_step(config, x, 1),
-        "products of nearest": bare_products(config, x, 1),
-        "searched codes": our_step(config, x, wide),
-        "products of searched": bare_products(config, x, wide),
-        "ResidualVQ": residual_vq_step(config, x),
-    }
+    widths = {"nearest": 1, "searched": train_rqvae.TRAINING_SEARCH_WIDTH}
+    dtypes = list(dict.fromkeys([train_rqvae.choose_dtype(device, "auto"), "float32"]))
+    sides = {}
+    for dtype, (codes, width) in itertools.product(dtypes, widths.items()):
+        config = train_rqvae.RQVAEConfig(item_embedding_dim=flags.dim, batch_size=flags.batch_size, dtype=dtype)
+        sides[f"{codes} codes, {dtype}"] = our_step(config, x, width)
+        sides[f"products of {codes}, {dtype}"] = bare_products(config, x, width)
+    sides["ResidualVQ, float32"] = residual_vq_step(config, x)
     times = {side: [] for side in sides}
     for work in sides.values():
-        milliseconds(work, 2, device)  # k-means of ResidualVQ, compilation, the optimizers' states
+        milliseconds(work, 2, device)  # k-means of ResidualVQ, the optimizers' states
     for _, (side, work) in itertools.product(range(flags.repeats), sides.items()):
         times[side].append(milliseconds(work, flags.steps, device))
-    dtype = str(train_rqvae.training_dtype(device, flags.dtype)).removeprefix("torch.")
-    print(f"steps of {flags.batch_size:,} x {flags.dim} on {device} ({os.cpu_count()} cores), MLPs in {dtype}; medians "
-          f"of {flags.repeats} turns of {flags.steps} steps")  # fmt: skip
+    print(f"steps of {flags.batch_size:,} x {flags.dim} on {device} ({os.cpu_count()} cores); medians of "
+          f"{flags.repeats} turns of {flags.steps} steps")  # fmt: skip
     median = {side: statistics.median(found) for side, found in times.items()}
     for side, found in times.items():
-        print(f"{side:<21}{median[side]:>9.2f} ms   ({min(found):.2f} to {max(found):.2f})")
-    print(f"nearest codes / its products    {median['nearest codes'] / median['products of nearest']:.2f}")
-    print(f"searched codes / its products   {median['searched codes'] / median['products of searched']:.2f}")
-    print(f"ResidualVQ / nearest codes      {median['ResidualVQ'] / median['nearest codes']:.2f}")
-    print(f"ResidualVQ / searched codes     {median['ResidualVQ'] / median['searched codes']:.2f}")
+        print(f"{side:<30}{median[side]:>9.2f} ms   ({min(found):.2f} to {max(found):.2f})")
+    for dtype, codes in itertools.product(dtypes, widths):
+        ours, products = median[f"{codes} codes, {dtype}"], median[f"products of {codes}, {dtype}"]
+        print(f"{codes} codes, {dtype}: {ours / products:.2f} times its products; ", end="")
+        print(f"ResidualVQ takes {median['ResidualVQ, float32'] / ours:.2f} times as long")
 
 
 def compare_reading(rows: int, repeats: int) -> None:
@@ -158,9 +161,8 @@ def compare_reading(rows: int, repeats: int) -> None:
         path = Path(folder, "Bench_items_with_embeddings.parquet")
         names = pl.Series("parent_asin", [f"item {i}" for i in range(rows)])
         vectors = pl.Series("embedding", torch.randn(rows, 1024).numpy()).cast(pl.List(pl.Float32))
-        pl.DataFrame([names, vectors]).write_parquet(  # as embed_items.py does
-            path, compression="uncompressed", row_group_size=8192, metadata={"rows_per_group": "8192"}
-        )
+        table, metadata = pl.DataFrame([names, vectors]), {"rows_per_group": str(ROWS_PER_GROUP)}
+        table.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
         ways = {
             "ours": lambda: train_rqvae.EmbeddingDataset(path).embeddings,
             "through lists": lambda: torch.tensor(pl.read_parquet(path)["embedding"].to_list()),
@@ -181,7 +183,6 @@ def compare_reading(rows: int, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--batch_size", type=int, default=32768)
     parser.add_argument("--rows", type=int, default=66_000)
