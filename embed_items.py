@@ -305,10 +305,8 @@ def read_prefix(model: PreTrainedModel, ids: np.ndarray) -> Cache | None:
     """
     input_ids = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(model.device)
     cache = getattr(model(input_ids=input_ids, use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", [])
-    return (
-        cache if layers and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) else None
-    )
+    kinds = {type(layer) for layer in getattr(cache, "layers", [])}
+    return cache if kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else None
 
 
 @torch.inference_mode()

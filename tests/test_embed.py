@@ -244,9 +244,7 @@ def test_a_model_that_cannot_share_the_instruction_reads_it_each_time(qwen3_dir,
 
 
 @pytest.mark.parametrize("layers", [["conv", "full_attention"], ["full_attention", "conv"]])
-def test_a_model_with_other_layers_than_attention_shares_no_instruction(
-    qwen3_dir, tiny_encoder, tmp_path, capsys, layers
-):
+def test_a_model_not_of_attention_alone_shares_no_instruction(qwen3_dir, tiny_encoder, tmp_path, capsys, layers):
     torch.manual_seed(0)
     vocabulary = AutoModel.from_pretrained(tiny_encoder).config.vocab_size
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
