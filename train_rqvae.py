@@ -64,7 +64,6 @@ ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps
 EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
-DECODED_AT_ONCE = 2**24  # numbers: all the IDs below as many prefixes with collisions as this holds
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
 RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
@@ -1461,7 +1460,7 @@ def make_distinct(
 
     def decoding_errors(groups: list[np.ndarray], prefixes: np.ndarray) -> Iterator[np.ndarray]:
         """Squared distance of each item of a group (n) to every ID with its prefix, decoded, less |x|^2: (n, K)."""
-        together = max(1, DECODED_AT_ONCE // (len(last) * max(len(last), embeddings.shape[1])))
+        together = rows_per_pass(device, width=len(last))
         for i in range(0, len(groups), together):
             some = groups[i : i + together]
             above = model.decode_levels(torch.from_numpy(prefixes[i : i + together]).to(device))  # (groups, E)

@@ -1076,7 +1076,7 @@ def test_assignment_gives_the_same_ids_to_items_in_another_order():
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
 def test_last_codes_are_those_that_decode_with_the_least_error(levels, monkeypatch):
-    monkeypatch.setattr(train_rqvae, "DECODED_AT_ONCE", 3 * SIZE * DIM)  # the IDs below three prefixes
+    monkeypatch.setitem(train_rqvae.DECODED_PER_PASS, "cpu", 3 * SIZE)  # the IDs below three prefixes
     n = {1: 7}.get(levels, 60)
     x = clusters(n)
     model = started_model(clusters(), codebook_quantization_levels=levels)

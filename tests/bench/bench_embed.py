@@ -184,7 +184,7 @@ def main() -> None:
             vectors.append(F.normalize(embed_items.pool(hidden, batch["attention_mask"], "last").float()).cpu())
         return torch.cat(vectors).numpy()
 
-    ours()
+    timed(ours, device)  # as a first turn is slower
     best = min(flags.batch_sizes, key=lambda size: timed(lambda: encode(size), device)[0])
     sides = {
         "ours": (len(prompts), ours),
