@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
@@ -215,9 +215,13 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
 def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Series, tokens_path: Path) -> None:
     """Ends the run where the model cannot have been meant by these tokens."""
     again = f"run tokenize_items.py with --model_name {name}"
-    known, top = model.get_input_embeddings().num_embeddings, int(tokens.ids.max())
-    if top >= known or tokens.ids.min() < 0:
-        fail(tokens_path, f"holds token {top}, but {name} knows only {known}", again)
+    try:
+        known = model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        fail(f"--model_name {name}", "a model that reads no tokens", "choose a text encoder")
+    low, top = int(tokens.ids.min()), int(tokens.ids.max())
+    if low < 0 or top >= known:
+        fail(tokens_path, f"holds token {low if low < 0 else top}, but {name} knows 0 to {known - 1}", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet, which knows no limit, says -1
         fail(
@@ -332,6 +336,19 @@ def embed(
     return F.normalize(pooled.float()[:, : config.target_dim], dim=-1)
 
 
+def vector_size(model: PreTrainedModel, name: str, tokens: Tokens, config: EmbedConfig) -> int:
+    """How long the model's vectors are; ends the run where it cannot embed the longest item."""
+    longest = int(tokens.lengths.argmax())
+    whole = replace(config, target_dim=sys.maxsize)
+    try:
+        return embed(model, tokens, np.array([longest]), whole).shape[1]
+    except Exception as error:  # every kind of model raises its own
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        trouble = f"cannot embed an item of {tokens.lengths[longest]} tokens ({first_line(error)})"
+        fail(f"--model_name {name}", trouble, "choose a text encoder that reads as many, or tokenize to fewer")
+
+
 def alone_and_together(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None) -> float:
     """The worst cosine between items embedded alone, without the prefix, and in one batch: 1 where they agree."""
     by_length = np.argsort(tokens.lengths, kind="stable")
@@ -345,12 +362,14 @@ def alone_and_together(model: PreTrainedModel, tokens: Tokens, config: EmbedConf
 def embed_all(
     model: PreTrainedModel, tokens: Tokens, first: np.ndarray, config: EmbedConfig, prefix: Cache | None
 ) -> np.ndarray:
-    """Every item's vector in catalogue order, (N, D) float32; first (N) is the first row of the same text."""
+    """Every item's vector in catalogue order, (N, D) float32; first (N) is the first row of the same text.
+
+    The target_dim of `config` is at most the size of the model's vectors here.
+    """
     distinct = np.flatnonzero(first == np.arange(len(first)))
     batches = batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)
     at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
-    width = min(config.target_dim, model.config.hidden_size)
-    embeddings = np.full((len(first), width), np.nan, dtype=np.float32)  # a row left out would be found
+    embeddings = np.full((len(first), config.target_dim), np.nan, dtype=np.float32)  # a row left out would be found
     done, start = 0, time.perf_counter()
     # counted in tokens, because the longest items come first and items alone would make the time left too long
     with tqdm(total=int(tokens.lengths[distinct].sum()), unit=" tokens", unit_scale=True, desc="embed") as progress:
@@ -412,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
     model_name = config.model_name or tokens.model_name
     model = load_model(model_name, DTYPES[dtype], device)
     check_fit(model, model_name, tokens, catalogue["item_context"].head(ITEMS_CHECKED), tokens_path)
-    size = model.config.hidden_size
+    size = vector_size(model, model_name, tokens, config)
     print(f"{model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     print(
@@ -420,6 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if config.target_dim > size:
         print(f"target_dim {config.target_dim} is more than the model has: all {size} dimensions are kept")
+        config.target_dim = size
 
     first = first_rows(catalogue["item_context"])
     if repeated := int((first != np.arange(n)).sum()):

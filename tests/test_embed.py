@@ -13,7 +13,7 @@ import torch
 from conftest import complaint, files_of, make_texts, save_qwen3
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoTokenizer, Lfm2Config, Lfm2Model
+from transformers import AutoModel, AutoTokenizer, Lfm2Config, Lfm2Model, OPTConfig, RobertaConfig, T5Config, ViTConfig
 
 import embed_items
 import tokenize_items
@@ -230,7 +230,8 @@ def test_the_instruction_is_read_once(qwen3_dir, change_forward, reference, caps
     assert abs(int(said[1]) - prefix) <= 1  # its last letter may make one token with the text's first
     own = read_npz(qwen3_dir)["attention_mask"].sum(axis=1, dtype=int) - int(said[1])
     assert sum(shared) == own.sum() + 2 * own.max()  # the shortest and the longest were also checked, together
-    assert plain == [int(said[1]), int(said[1]) + own.min(), int(said[1]) + own.max()]  # and both alone
+    lengths = own + int(said[1])
+    assert plain == [lengths.max(), int(said[1]), lengths.min(), lengths.max()]  # a trial, the prefix, both alone
     assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
 
 
@@ -275,7 +276,7 @@ def test_equal_texts_are_embedded_once(qwen3_dir, catalogue, tiny_encoder, refer
     distinct = catalogue["item_context"].n_unique()
     assert f"{120 - distinct} items repeat the text of another: each text is embedded once" in capsys.readouterr().out
     count = min(embed_items.ITEMS_CHECKED, 120)
-    assert sum(map(len, batches)) == distinct + 2 * count  # those that were checked, alone and together
+    assert sum(map(len, batches)) == distinct + 1 + 2 * count  # a trial; those that were checked, alone and together
     rows = dict(zip(catalogue["item_context"], range(60), strict=True))
     expected = reference("qwen3", "last")[[rows[text] for text in twice["item_context"]]]
     assert np.abs(read_vectors(qwen3_dir) - expected).max() < 1e-5
@@ -386,7 +387,7 @@ def test_a_copy_of_the_model_gives_the_same_vectors(qwen3_dir, tiny_encoder, tmp
     ("overrides", "expected"),
     [
         ({}, "cuts the same text into other tokens"),
-        ({"vocab_size": 100}, "knows only 100"),
+        ({"vocab_size": 100}, "knows 0 to 99"),
         ({"max_position_embeddings": 32}, "reads only 32"),
     ],
 )
@@ -415,6 +416,35 @@ def test_a_model_that_cannot_be_loaded_is_refused(with_earlier, tiny_encoder, tm
     line = refused(main, flags(with_earlier, "--model_name", name), with_earlier)
     assert f"--model_name {name}: no model can be loaded from there" in line
     assert "give a local folder" in line
+
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "trouble"),
+    [
+        (T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "cannot embed an item of 150 tokens"),
+        (RobertaConfig(max_position_embeddings=150, **TINY), "cannot embed an item of 150 tokens"),
+        (ViTConfig(**TINY), "a model that reads no tokens"),
+    ],
+    ids=["an encoder and decoder", "positions that start at 2", "an image encoder"],
+)
+def test_a_model_that_cannot_embed_these_items_is_refused(
+    with_earlier, tiny_encoder, tmp_path, refused, config, trouble
+):
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path / "model")
+    line = refused(main, flags(with_earlier, "--model_name", str(tmp_path / "model")), with_earlier)
+    assert f"--model_name {tmp_path / 'model'}: {trouble}" in line
+
+
+def test_vectors_may_be_narrower_than_the_hidden_states(qwen3_dir, tmp_path):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16, "max_position_embeddings": 160}
+    config = OPTConfig(vocab_size=50_000, hidden_size=32, word_embed_proj_dim=16, **sizes)
+    AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    main(flags(qwen3_dir, "--model_name", str(tmp_path / "model")))
+    assert read_vectors(qwen3_dir).shape == (60, 16)
 
 
 def test_vectors_that_are_not_numbers_are_counted(with_earlier, catalogue, tiny_encoder, tmp_path, refused):
