@@ -61,7 +61,7 @@ RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; the codes spread
 ERROR_SCALE = 0.5  # share of the variance; above it, an item's error counts less and less, so that similar items differ
 ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
-EQUAL_LOSSES = 0.01  # validation losses this close differ by the luck of the held-out rows: the later model fits better
+EQUAL_LOSSES = 0.03  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
@@ -476,7 +476,7 @@ class RQVAE(nn.Module):
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
         self.register_buffer("input_scale", torch.ones(()))
-        self.mlp_dtype = torch.float32  # of the MLPs' matrix products; the quantizer stays in float32
+        self.mlp_dtype = torch.float32  # of the MLPs' matrix products
         self.encoder = mlp(sizes)
         self.decoder = mlp(sizes[::-1])
         self.estimator = rotate_to if config.use_rotation_trick else straight_through
@@ -488,20 +488,31 @@ class RQVAE(nn.Module):
         )
 
     def run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        """The encoder, standardised (..., D) -> (..., E), or the decoder, back; both give mlp_dtype."""
+        """Layers of an MLP in mlp_dtype.
+
+        Those at the latents stay in float32, as the quantizer does: rounded, items that differ little become equal.
+        """
         with torch.autocast(x.device.type, self.mlp_dtype, enabled=self.mlp_dtype != torch.float32):
             return layers(x)
+
+    def encoded(self, x: Tensor) -> Tensor:
+        """Latents of standardised x (B, D): (B, E) float32."""
+        return self.encoder[-1](self.run(self.encoder[:-1], x).float())
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Standardised reconstructions of latents (..., E): (..., D) in mlp_dtype."""
+        return self.run(self.decoder[1:], self.decoder[0](latents))
 
     def standardise(self, x: Tensor) -> Tensor:
         return (x - self.input_mean) / self.input_scale
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents: x (B, D) as stored -> (B, E)."""
-        return self.run(self.encoder, self.standardise(x)).float()
+        return self.encoded(self.standardise(x))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Embeddings as stored: (B, E) -> (B, D)."""
-        return self.run(self.decoder, latents).float() * self.input_scale + self.input_mean
+        return self.decoded(latents).float() * self.input_scale + self.input_mean
 
     def quantize(
         self,
@@ -549,7 +560,7 @@ class RQVAE(nn.Module):
             prefix, code = (best // len(book)).unsqueeze(2), best % len(book)
             codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
             residuals = residuals.gather(1, prefix.expand(-1, -1, book.shape[1])) - book[code]
-        decoded = self.run(self.decoder, latents.unsqueeze(1) - residuals)  # (B, W, D), the largest tensor here
+        decoded = self.decoded(latents.unsqueeze(1) - residuals)  # (B, W, D), the largest tensor here
         off = decoded.sub_(target.to(decoded.dtype).unsqueeze(1))
         nearest = torch.linalg.vector_norm(off, dim=2, dtype=torch.float32).argmin(1)  # (B)
         return codes[torch.arange(len(codes), device=codes.device), nearest]
@@ -564,14 +575,14 @@ class RQVAE(nn.Module):
 
         The codes are the best of `width` IDs: the nearest ones at 1, and none, as in a plain autoencoder, at 0.
         """
-        latents, target = self.run(self.encoder, x).float(), x if target is None else target
+        latents, target = self.encoded(x), x if target is None else target
         if width:
             codes = self.search(latents, target, width) if width > 1 else None
             quantized = self.quantize(latents, codes)
             vq = (quantized.codebook_losses + self.config.commitment_weight * quantized.commitment_losses).sum()
         else:
             quantized, vq = None, latents.new_zeros(())
-        decoded = self.run(self.decoder, quantized.vectors if width else latents).float()
+        decoded = self.decoded(quantized.vectors if width else latents).float()
         errors = F.mse_loss(decoded, target, reduction="none").mean(1)  # (B)
         reconstruction = RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
         return Losses(reconstruction + vq, reconstruction, vq, quantized)
