@@ -366,7 +366,8 @@ def embed_all(
 
     The target_dim of `config` is at most the size of the model's vectors here.
     """
-    distinct = np.flatnonzero(first == np.arange(len(first)))
+    is_first = first == np.arange(len(first))
+    distinct = np.flatnonzero(is_first)
     batches = batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)
     at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
     embeddings = np.full((len(first), config.target_dim), np.nan, dtype=np.float32)  # a row left out would be found
@@ -381,8 +382,7 @@ def embed_all(
             done += len(rows)
             progress.set_postfix_str(f"{done / (time.perf_counter() - start):,.1f} items/s", refresh=False)
             progress.update(int(tokens.lengths[rows].sum()))
-    again = np.flatnonzero(first != np.arange(len(first)))
-    embeddings[again] = embeddings[first[again]]
+    embeddings[~is_first] = embeddings[first[~is_first]]
     return embeddings
 
 

@@ -99,7 +99,7 @@ class RQVAEConfig:
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
         default="auto",
-        help="Number type of the MLPs in training; auto is bfloat16 on CUDA and on CPUs that multiply it.",
+        help="Number type of the MLPs in training; auto is bfloat16 on CUDA and on CPUs with AVX512-BF16.",
     )
     seed: int = HfArg(default=42, help="Seed of the weights, the split, the batches and k-means.")
 
@@ -1026,12 +1026,11 @@ def shuffled(rows: Tensor, epoch: int, seed: int) -> Tensor:
 
 
 def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tensor, Tensor]:
-    """Training inputs and what they should become, (B, D) both, standardised: so that no small catalogue is learned by
-    heart. x (B, D) are embeddings as stored.
+    """Training inputs and what they should become, standardised (B, D) both, of embeddings x (B, D) as stored.
 
-    Inputs are mixed in pairs with weights from Beta(mixing, mixing), as in mixup (arXiv:1710.09412), and drawn
-    out to the variance they had; then noise is added that the reconstruction should not have, as in a denoising
-    autoencoder.
+    So that a small catalogue is not learned by heart, inputs are mixed in pairs with weights from Beta(mixing,
+    mixing), as in mixup (arXiv:1710.09412), and drawn out to the variance they had; then noise is added that the
+    reconstruction should not have, as in a denoising autoencoder.
     """
     stretch = 1 / model.input_scale
     if mixing:
@@ -1475,7 +1474,7 @@ def make_distinct(
         for i in range(0, len(groups), together):
             some = groups[i : i + together]
             above = model.decode_levels(torch.from_numpy(prefixes[i : i + together]).to(device))  # (groups, E)
-            decoded = model.decoder(above.unsqueeze(1) + last)  # (groups, K, D)
+            decoded = model.decoded(above.unsqueeze(1) + last)  # (groups, K, D)
             sizes = [len(group) for group in some]
             items = model.standardise(embeddings[order[np.concatenate(some)]].to(device)).split(sizes)
             errors = torch.cat([code_distances(x, ids) for x, ids in zip(items, decoded, strict=True)])
