@@ -8,38 +8,38 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
     python embed_items.py --category Video_Games --model_name /models/qwen3  # a local copy of the npz's model
     python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
 
+Stopped at any instant, the same command goes on from the vectors finished so far, which wait in
+data/output/.{category}_items_with_embeddings.parquet.partial until the output is complete.
+
 Before: tokenize_items.py. Next: train_rqvae.py.
 Shapes: N items, B items in a batch, T tokens in each of it, H the model's size, D target_dim.
 """
 
 import copy
 import hashlib
+import json
 import logging
 import os
+import shutil
+import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-import numpy as np
-import polars as pl
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
 
 FORMAT_VERSION = 2
 FINGERPRINT_ROWS = 4096  # digested at once; part of the format
 LIST_FLAGS = "--help lists the flags"
+LARGEST = 10**12  # of any number on the command line
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # a CPU's caches hold few, a GPU is idle with few
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ITEMS_CHECKED = 8  # embedded alone and together before the long work
 GOOD_AGREEMENT = 0.999
 SHORTEST_PREFIX = 8  # tokens; below, sharing them saves less than it costs
@@ -74,17 +74,31 @@ class EmbedConfig:
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the tokens, for a trial.")
+    overwrite: bool = HfArg(default=False, help="Embed again where the output is complete already.")
 
     def __post_init__(self):
         for name in ("target_dim", "tokens_per_batch", "num_rows"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: must be at least 1")
+            if value is not None and not 1 <= value <= LARGEST:
+                raise ValueError(f"--{name} {value}: must be at least 1 and at most {LARGEST:,}")
+
+    @property
+    def tokens_path(self) -> Path:
+        return Path(self.data_dir, f"{self.category}_tokenized.npz")
+
+    @property
+    def catalogue_path(self) -> Path:
+        return Path(self.data_dir, f"{self.category}_items_updated.parquet")
+
+    @property
+    def target(self) -> Path:
+        return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
-    print("error:", " ".join(f"{what}: {trouble}; {way_out}".split()), file=sys.stderr)
+    line = " ".join(f"error: {what}: {trouble}; {way_out}".split())
+    tqdm.write(line, file=sys.stderr)  # on a line of its own, also where there is a progress bar
     raise SystemExit(2)
 
 
@@ -109,6 +123,35 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
         fail("command line", f"unknown argument {unknown[0]!r}", LIST_FLAGS)
     return config
 
+
+def check_files(config: EmbedConfig) -> None:
+    """Ends the run where a file to read is missing, or cannot be looked at."""
+    if not os.path.isfile(config.tokens_path):
+        fail(config.tokens_path, "not found", "run tokenize_items.py first")
+    if not os.path.isfile(config.catalogue_path):
+        trouble = f"not found, though {config.tokens_path} was made from it"
+        fail(config.catalogue_path, trouble, "put the catalogue back")
+
+
+if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    check_files(parse_config(None))
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer, Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging as transformers_logging
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None
+
+RECORD = np.dtype([("row", "<i8"), ("crc", "<u4")])  # of a finished vector: its item, and its CRC-32
 
 # ---------------------------------------------------------------- input
 
@@ -137,8 +180,6 @@ class Tokens(NamedTuple):
 def read_tokens(path: Path) -> Tokens:
     """Reads the npz, and ends the run where it is missing, damaged or not of this format."""
     again = "run tokenize_items.py again"
-    if not os.path.isfile(path):  # false, too, where it cannot be looked at
-        fail(path, "not found", "run tokenize_items.py first")
     try:
         with np.load(path, allow_pickle=False) as npz:
             if "format_version" not in npz or int(npz["format_version"]) != FORMAT_VERSION:
@@ -172,8 +213,6 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 def read_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> pl.DataFrame:
     """Reads every column, and ends the run where this is not the catalogue that was tokenized."""
-    if not os.path.isfile(path):  # false, too, where it cannot be looked at
-        fail(path, f"not found, though {tokens_path} was made from it", "put the catalogue back")
     try:
         catalogue = pl.read_parquet(path, glob=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
@@ -245,6 +284,22 @@ def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Serie
             fail(tokens_path, trouble, again)
 
 
+def tokens_digest(tokens: Tokens) -> str:
+    """SHA-256 over where the items begin and their tokens: 64 hex digits."""
+    digest = hashlib.sha256(tokens.starts.astype("<i8").tobytes())
+    digest.update(np.ascontiguousarray(tokens.ids, "<i4"))
+    return digest.hexdigest()
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over the names and numbers of the model's weights: 64 hex digits, the same on every device."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """One vector an item, whichever side is padded: hidden (B, T, H), mask (B, T) -> (B, H).
 
@@ -298,6 +353,130 @@ def common_start(tokens: Tokens) -> np.ndarray:
     return first[: shortest - 1]
 
 
+# ---------------------------------------------------------------- output
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Ends the run where another one is writing `path`, or where nothing can be written; keeps others out meanwhile."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
+        file = open(lock, "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another --data_dir")
+    with file:
+        held = True
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # else that run has just ended
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        except OSError as error:  # a file system without locks
+            warn(f"{path} cannot be locked ({first_line(error)}): start no second run there")
+        if not held:
+            fail(path, "another run is writing it", "wait for that one, or choose another --data_dir")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Ends the run where the block cannot write."""
+    try:
+        yield
+    except (OSError, pl.exceptions.ComputeError) as error:  # polars' own for a full disk
+        trouble = f"cannot be written ({first_line(error)})"
+        fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+# ---------------------------------------------------------------- finished vectors
+
+
+class FinishedVectors:
+    """The vectors that are finished, kept in a folder until the output is complete.
+
+    settings.json  what they depend on, written first
+    vectors        (N, D) float32; a row that is not finished is empty, or missing at the end
+    finished       a RECORD for each finished row, appended after its vector; where the two do not agree, as after a
+                   power cut, the row counts as not finished
+    """
+
+    def __init__(self, folder: Path, dim: int, settings: dict[str, str]):
+        """Opens the folder or makes it; ends the run where its vectors were made with other settings."""
+        self.folder, self.dim = folder, dim
+        self.vectors, self.finished = folder / "vectors", folder / "finished"
+        path = folder / "settings.json"
+        with writing(folder):
+            folder.mkdir(exist_ok=True)
+            if path.exists():
+                self._compare(path, settings)
+            else:
+                with replacing(path) as temporary:
+                    temporary.write_text(json.dumps(settings, indent=1) + "\n")
+            self.vectors.touch()
+            self.finished.touch()
+            size = self.finished.stat().st_size
+            os.truncate(self.finished, size - size % RECORD.itemsize)  # without what a stop left of a last record
+
+    def _compare(self, path: Path, settings: dict[str, str]) -> None:
+        try:
+            kept = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            fail(path, f"damaged ({first_line(error)})", f"delete the folder {self.folder} to start over")
+        if other := [name for name in settings | kept if settings.get(name) != kept.get(name)]:
+            trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
+            fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
+
+    def keep(self, rows: np.ndarray, vectors: np.ndarray) -> None:
+        """Adds the vectors (B, D) of rows (B)."""
+        vectors = vectors.astype("<f4")
+        records = np.empty(len(rows), RECORD)
+        records["row"], records["crc"] = rows, [zlib.crc32(vector) for vector in vectors]
+        with writing(self.folder):
+            with open(self.vectors, "rb+") as file:
+                for row, vector in zip(rows.tolist(), vectors, strict=True):
+                    file.seek(row * vector.nbytes)
+                    file.write(vector)
+            with open(self.finished, "ab") as file:
+                file.write(records)
+
+    def read(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors of the first n rows, NaN where not finished, and which are: (n, D) float32, (n)."""
+        embeddings, is_done = np.full((n, self.dim), np.nan, dtype=np.float32), np.zeros(n, dtype=bool)
+        records = np.fromfile(self.finished, RECORD)
+        with open(self.vectors, "rb") as file:
+            for row, crc in records[(records["row"] >= 0) & (records["row"] < n)].tolist():
+                file.seek(row * self.dim * 4)
+                vector = file.read(self.dim * 4)
+                if zlib.crc32(vector) == crc and len(vector) == self.dim * 4:
+                    embeddings[row], is_done[row] = np.frombuffer(vector, "<f4"), True
+        return embeddings, is_done
+
+    def delete(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 # ---------------------------------------------------------------- embedding
 
 
@@ -339,7 +518,7 @@ def embed(
 def vector_size(model: PreTrainedModel, name: str, tokens: Tokens, config: EmbedConfig) -> int:
     """How long the model's vectors are; ends the run where it cannot embed the longest item."""
     longest = int(tokens.lengths.argmax())
-    whole = replace(config, target_dim=sys.maxsize)
+    whole = replace(config, target_dim=LARGEST)
     try:
         return embed(model, tokens, np.array([longest]), whole).shape[1]
     except Exception as error:  # every kind of model raises its own
@@ -360,89 +539,51 @@ def alone_and_together(model: PreTrainedModel, tokens: Tokens, config: EmbedConf
 
 
 def embed_all(
-    model: PreTrainedModel, tokens: Tokens, first: np.ndarray, config: EmbedConfig, prefix: Cache | None
+    model: PreTrainedModel,
+    tokens: Tokens,
+    first: np.ndarray,
+    config: EmbedConfig,
+    prefix: Cache | None,
+    finished: FinishedVectors,
 ) -> np.ndarray:
     """Every item's vector in catalogue order, (N, D) float32; first (N) is the first row of the same text.
 
-    The target_dim of `config` is at most the size of the model's vectors here.
+    The target_dim of `config` is at most the size of the model's vectors here. Batches that an earlier run finished are
+    not embedded again; the others are those that it would have formed, so that its vectors come out bit for bit.
     """
+    embeddings, is_done = finished.read(len(first))
     is_first = first == np.arange(len(first))
     distinct = np.flatnonzero(is_first)
-    batches = batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)
+    batches = [distinct[batch] for batch in batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)]
+    batches = [batch for batch in batches if not is_done[batch].all()]
+    left = sum(map(len, batches))
+    if left < len(distinct):
+        print(f"{len(distinct) - left:,} items were finished by an earlier run, {left:,} are left")
     at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
-    embeddings = np.full((len(first), config.target_dim), np.nan, dtype=np.float32)  # a row left out would be found
     done, start = 0, time.perf_counter()
     # counted in tokens, because the longest items come first and items alone would make the time left too long
-    with tqdm(total=int(tokens.lengths[distinct].sum()), unit=" tokens", unit_scale=True, desc="embed") as progress:
+    total = sum(int(tokens.lengths[batch].sum()) for batch in batches)
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="embed") as progress:
         for i in range(0, len(batches), at_once):
-            rows = [distinct[batch] for batch in batches[i : i + at_once]]
-            vectors = [embed(model, tokens, batch, config, prefix) for batch in rows]
-            rows = np.concatenate(rows)
+            vectors = [embed(model, tokens, batch, config, prefix) for batch in batches[i : i + at_once]]
+            rows = np.concatenate(batches[i : i + at_once])
             embeddings[rows] = torch.cat(vectors).cpu().numpy()
+            finished.keep(rows, embeddings[rows])
             done += len(rows)
             progress.set_postfix_str(f"{done / (time.perf_counter() - start):,.1f} items/s", refresh=False)
             progress.update(int(tokens.lengths[rows].sum()))
+    if done:
+        print(f"{done / (time.perf_counter() - start):,.0f} items a second")
     embeddings[~is_first] = embeddings[first[~is_first]]
     return embeddings
 
 
-# ---------------------------------------------------------------- output
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, pl.exceptions.ComputeError) as error:  # polars' own for a full disk
-        trouble = f"cannot be written ({first_line(error)})"
-        fail(path, trouble, "make room or set the rights there, or choose another --data_dir")
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def main(argv: list[str] | None = None) -> None:
-    config = parse_config(argv)
-    folder = Path(config.data_dir)
-    tokens_path = folder / f"{config.category}_tokenized.npz"
-    catalogue_path = folder / f"{config.category}_items_updated.parquet"
-    target = folder / f"{config.category}_items_with_embeddings.parquet"
-    for name, value in asdict(config).items():
-        print(f"{name}: {value}")
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
-    transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
-    device, why = choose_device(config.device)
-    tokens = read_tokens(tokens_path)
-    catalogue = read_catalogue(catalogue_path, tokens, tokens_path)
-    n = min(config.num_rows or len(tokens.lengths), len(tokens.lengths))
-    tokens = tokens.head(n)
-    print(f"{n:,} of {catalogue.height:,} items of {catalogue_path}")
-    catalogue = catalogue.head(n)
-
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    model_name = config.model_name or tokens.model_name
-    model = load_model(model_name, DTYPES[dtype], device)
-    check_fit(model, model_name, tokens, catalogue["item_context"].head(ITEMS_CHECKED), tokens_path)
-    size = vector_size(model, model_name, tokens, config)
-    print(f"{model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
-    config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    print(
-        f"device {device} ({why}), dtype {dtype}, pooling {config.pooling}, batches of {config.tokens_per_batch} tokens"
-    )
-    if config.target_dim > size:
-        print(f"target_dim {config.target_dim} is more than the model has: all {size} dimensions are kept")
-        config.target_dim = size
-
-    first = first_rows(catalogue["item_context"])
-    if repeated := int((first != np.arange(n)).sum()):
+def embed_catalogue(
+    model: PreTrainedModel, tokens: Tokens, texts: pl.Series, config: EmbedConfig, finished: FinishedVectors
+) -> np.ndarray:
+    """The vectors (N, D) of all items; tells how far they can be trusted, and how fast they were made."""
+    first = first_rows(texts)
+    if repeated := int((first != np.arange(len(first))).sum()):
         print(f"{repeated:,} items repeat the text of another: each text is embedded once")
     prefix, common = None, common_start(tokens)
     if config.pooling == "last" and len(common) >= SHORTEST_PREFIX:
@@ -455,40 +596,109 @@ def main(argv: list[str] | None = None) -> None:
     print(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
     if agreement < GOOD_AGREEMENT:
         warn(f"below {GOOD_AGREEMENT}: padding changes the vectors; try --dtype float32 or another --pooling")
-    start = time.perf_counter()
-    embeddings = embed_all(model, tokens, first, config, prefix)  # (N, D)
-    seconds = time.perf_counter() - start
-    print(f"{n / seconds:,.0f} items a second")
-    broken = ~(np.abs(np.linalg.norm(embeddings, axis=1) - 1) < 1e-3)
-    if count := int(broken.sum()):
-        name = catalogue["parent_asin"][int(broken.argmax())]
-        trouble = f"{count} items became NaN, infinite or zero with {model_name} in {dtype}, the first is {name!r}"
-        fail(tokens_path, trouble, "use --dtype float32")
+    return embed_all(model, tokens, first, config, prefix, finished)
 
+
+# ---------------------------------------------------------------- main
+
+
+def is_complete(path: Path, catalogue: pl.DataFrame, metadata: dict[str, str]) -> bool:
+    """Whether the output is there already, of this catalogue (N rows) and made in the same way."""
+    try:
+        found = pl.read_parquet_metadata(path)
+        same = all(found.get(name) == value for name, value in metadata.items())
+        return same and pl.read_parquet(path, columns=catalogue.columns, glob=False).equals(catalogue)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):  # none, or another's, or damaged
+        return False
+
+
+def write(path: Path, catalogue: pl.DataFrame, embeddings: np.ndarray, metadata: dict[str, str]) -> None:
     vectors = pl.Series("embedding", embeddings).cast(pl.List(pl.Float32))
-    metadata = {
-        "format_version": str(FORMAT_VERSION),
-        "model_name": model_name,
-        "instruction": tokens.instruction,
-        "pooling": config.pooling,
-        "dtype": dtype,
-        "n_items": str(n),
+    metadata = metadata | {
         "rows_per_group": str(ROWS_PER_GROUP),
-        "fingerprint": tokens.fingerprint,
+        "vectors": hashlib.sha256(np.ascontiguousarray(embeddings, "<f4")).hexdigest(),
     }
-    with replacing(target) as temporary:
+    with replacing(path) as temporary:
         table = catalogue.with_columns(vectors)
         # zstd would make the vectors 7% smaller in twice the time
         table.write_parquet(temporary, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
-    print(f"wrote {target}: {n:,} x {embeddings.shape[1]}, {target.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {path}: {len(embeddings):,} x {embeddings.shape[1]}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def run(config: EmbedConfig) -> None:
+    """All the work, in a folder where no other run does the same."""
+    device, why = choose_device(config.device)
+    tokens = read_tokens(config.tokens_path)
+    catalogue = read_catalogue(config.catalogue_path, tokens, config.tokens_path)
+    made_from = tokens_digest(tokens)
+    n = min(config.num_rows or len(tokens.lengths), len(tokens.lengths))
+    tokens = tokens.head(n)
+    print(f"{n:,} of {catalogue.height:,} items of {config.catalogue_path}")
+    catalogue = catalogue.head(n)
+
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model_name = config.model_name or tokens.model_name
+    model = load_model(model_name, getattr(torch, dtype), device)
+    check_fit(model, model_name, tokens, catalogue["item_context"].head(ITEMS_CHECKED), config.tokens_path)
+    size = vector_size(model, model_name, tokens, config)
+    print(f"{model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
+    config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    print(
+        f"device {device} ({why}), dtype {dtype}, pooling {config.pooling}, batches of {config.tokens_per_batch} tokens"
+    )
+    if config.target_dim > size:
+        print(f"target_dim {config.target_dim} is more than the model has: all {size} dimensions are kept")
+        config.target_dim = size
+
+    settings = {
+        "format_version": str(FORMAT_VERSION),
+        "model_name": model_name,
+        "weights": weights_digest(model),
+        "instruction": tokens.instruction,
+        "pooling": config.pooling,
+        "dtype": dtype,
+        "target_dim": str(config.target_dim),
+        "tokens": made_from,
+        "fingerprint": tokens.fingerprint,
+    }
+    metadata = settings | {"n_items": str(n)}
+    partial = config.target.with_name(f".{config.target.name}.partial")
+    if not config.overwrite and is_complete(config.target, catalogue, metadata):
+        print(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
+        shutil.rmtree(partial, ignore_errors=True)
+        return
+    finished = FinishedVectors(partial, config.target_dim, settings)
+    embeddings = embed_catalogue(model, tokens, catalogue["item_context"], config, finished)  # (N, D)
+    broken = ~(np.abs(np.linalg.norm(embeddings, axis=1) - 1) < 1e-3)
+    if count := int(broken.sum()):
+        finished.delete()
+        name = catalogue["parent_asin"][int(broken.argmax())]
+        trouble = f"{count} items became NaN, infinite or zero with {model_name} in {dtype}, the first is {name!r}"
+        fail(config.tokens_path, trouble, "use --dtype float32")
+    write(config.target, catalogue, embeddings, metadata)
+    finished.delete()
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(argv)
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
+    transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
+    check_files(config)
+    with alone(config.target):
+        run(config)
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our lines has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -26,12 +27,18 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2
 FINGERPRINT_ROWS = 4096  # digested at once; part of the format
 LIST_FLAGS = "--help lists the flags"
+LARGEST = 10**12  # of any number on the command line
 END_OF_TEXT = "<|endoftext|>"  # Qwen3-Embedding reads its vector off this last token
 TEXTS_PER_CALL = 2048  # enough for the tokenizer's own threads to share, few enough to hold
 MANY_TRUNCATED = 0.05
@@ -52,12 +59,13 @@ class TokenizeConfig:
     )
     max_length: int = HfArg(default=2048, help="Tokens kept of an item, instruction included.")
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
+    overwrite: bool = HfArg(default=False, help="Tokenize again where the output is complete already.")
 
     def __post_init__(self):
-        if self.max_length < 2:
-            raise ValueError(f"--max_length {self.max_length}: must be at least 2")
-        if self.num_rows is not None and self.num_rows < 1:
-            raise ValueError(f"--num_rows {self.num_rows}: must be at least 1")
+        for name, least in {"max_length": 2, "num_rows": 1}.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= LARGEST:
+                raise ValueError(f"--{name} {value}: must be at least {least} and at most {LARGEST:,}")
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -93,8 +101,6 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, both text, and ends the run where they break the contract."""
-    if not os.path.isfile(path):  # false, too, where it cannot be looked at
-        fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
     try:
         columns = pl.scan_parquet(path, glob=False).collect_schema()
         for name in ("parent_asin", "item_context"):
@@ -218,6 +224,35 @@ def report(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", config: Tokeniz
 
 
 @contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Ends the run where another one is writing `path`, or where nothing can be written; keeps others out meanwhile."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
+        file = open(lock, "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another --data_dir")
+    with file:
+        held = True
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # else that run has just ended
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        except OSError as error:  # a file system without locks
+            warn(f"{path} cannot be locked ({first_line(error)}): start no second run there")
+        if not held:
+            fail(path, "another run is writing it", "wait for that one, or choose another --data_dir")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -234,14 +269,19 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse_config(argv)
-    source = Path(config.data_dir, f"{config.category}_items_updated.parquet")
-    target = Path(config.data_dir, f"{config.category}_tokenized.npz")
-    for name, value in asdict(config).items():
-        print(f"{name}: {value}")
+def is_complete(path: Path, settings: dict[str, str | int]) -> bool:
+    """Whether the output is there already, whole, and made in the same way."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            whole = archive.testzip() is None
+        with np.load(path, allow_pickle=False) as npz:
+            return whole and all(npz[name] == value for name, value in settings.items())
+    except Exception:  # none, or another's, or damaged: numpy and zipfile each raise their own
+        return False
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
+
+def run(config: TokenizeConfig, source: Path, target: Path) -> None:
+    """All the work, in a folder where no other run does the same."""
     catalogue = read_catalogue(source)
     tokenizer = load_tokenizer(config.model_name)
     if config.max_length > tokenizer.model_max_length:
@@ -249,29 +289,44 @@ def main(argv: list[str] | None = None) -> None:
         print(f"max_length lowered to {config.max_length}, the most that this model reads")
     texts = catalogue["item_context"].head(config.num_rows or catalogue.height)
     print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ways = [tokenizer.backend_tokenizer.to_str(), pad_id, tokenizer.padding_side, tokenizer.truncation_side]
+    settings = {
+        "max_length": config.max_length,
+        "n_items": len(texts),
+        "model_name": config.model_name,
+        "instruction": config.instruction,
+        "fingerprint": fingerprint(catalogue),
+        "tokenizer": hashlib.sha256(repr(ways).encode()).hexdigest(),
+        "format_version": FORMAT_VERSION,
+    }
+    if not config.overwrite and is_complete(target, settings):
+        print(f"{target} is complete already: nothing to do; --overwrite tokenizes again")
+        return
 
     tokens = tokenize(texts, tokenizer, config)
     if count := (tokens.lengths == 0).sum():
         trouble = f"{count} items become no token at all, the first in row {tokens.lengths.argmin()}"
         fail(source, trouble, "drop or describe them")
     report(tokens, tokenizer, config)
-
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     input_ids, attention_mask = pad(tokens, pad_id, tokenizer.padding_side)
     with replacing(target) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            max_length=config.max_length,
-            n_items=len(texts),
-            model_name=config.model_name,
-            instruction=config.instruction,
-            fingerprint=fingerprint(catalogue),
-            format_version=FORMAT_VERSION,
-        )
+        np.savez(file, input_ids=input_ids, attention_mask=attention_mask, **settings)
     rows, width = input_ids.shape
     print(f"wrote {target}: {rows:,} x {width} tokens, {target.stat().st_size / 1e6:.1f} MB")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(argv)
+    source = Path(config.data_dir, f"{config.category}_items_updated.parquet")
+    target = Path(config.data_dir, f"{config.category}_tokenized.npz")
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
+    if not os.path.isfile(source):  # false, too, where it cannot be looked at
+        fail(source, "not found", "write your catalogue there, with the columns parent_asin and item_context")
+    with alone(target):
+        run(config, source, target)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """embed_items.py: vectors against a plain float64 reference, the file's contract, one line for every wrong input."""
 
+import os
 import re
 import runpy
 import shutil
@@ -27,6 +28,9 @@ SEVERAL_LENGTHS = [1, 700, 16384]  # tokens_per_batch: every item alone, some to
 
 def flags(data_dir, *more: str) -> list[str]:
     return ["--category", "Tiny", "--data_dir", str(data_dir), "--device", "cpu", *more]
+
+
+PARTIAL = ".Tiny_items_with_embeddings.parquet.partial"
 
 
 def read_vectors(data_dir) -> np.ndarray:
@@ -646,10 +650,20 @@ def test_a_wrong_flag_is_refused(with_earlier, refused, kind):
     assert "--help lists the flags" in line
 
 
-def test_a_full_disk_is_told_and_leaves_the_earlier_output(with_earlier, refused, full_disk):
-    line = full_disk(refused, main, flags(with_earlier), with_earlier)
-    assert f"{with_earlier / 'Tiny_items_with_embeddings.parquet'}: cannot be written" in line
+@pytest.mark.parametrize("limit", [100, 1024, 15_700])
+def test_a_full_disk_is_told_and_leaves_the_earlier_output(with_earlier, capsys, full_disk, reference, limit):
+    """Too little for the settings, for the finished vectors, and for the output."""
+    place = {100: "partial/settings.json", 1024: "partial", 15_700: "with_embeddings.parquet"}[limit]
+    before = files_of(with_earlier)
+    with pytest.raises(SystemExit) as exit_info:
+        full_disk(main, flags(with_earlier), limit=limit)
+    assert exit_info.value.code == 2
+    line = complaint(capsys.readouterr().err)
+    assert f"{place}: cannot be written" in line
     assert "make room" in line
+    assert {name: content for name, content in files_of(with_earlier).items() if PARTIAL not in name} == before
+    main(flags(with_earlier))
+    assert np.abs(read_vectors(with_earlier) - reference("qwen3", "last")).max() < 1e-5
 
 
 def test_an_output_that_cannot_be_replaced_is_told(qwen3_dir, refused):
@@ -670,8 +684,161 @@ def test_an_interrupted_write_leaves_the_earlier_output(with_earlier, monkeypatc
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(embed_items.__file__, run_name="__main__")
     assert exit_info.value.code == 130
-    assert "interrupted: nothing was written" in capsys.readouterr().err
-    assert files_of(with_earlier) == before
+    assert "the same command goes on from the vectors finished so far" in capsys.readouterr().err
+    assert {name: content for name, content in files_of(with_earlier).items() if PARTIAL not in name} == before
+    monkeypatch.undo()
+    main(flags(with_earlier))
+    assert "60 items were finished by an earlier run, 0 are left" in capsys.readouterr().out
+    assert set(files_of(with_earlier)) == set(before)  # the finished vectors are gone
+
+
+# ---------------------------------------------------------------- stopped and started again
+
+
+def stop_after(monkeypatch, batches: int) -> None:
+    """Ctrl-C in the middle of keeping the vectors of a batch: they are written, and half of their records are."""
+    keep, kept = embed_items.FinishedVectors.keep, []
+
+    def stopping(finished, rows, vectors):
+        keep(finished, rows, vectors)
+        kept.append(rows)
+        if len(kept) == batches:
+            size = finished.finished.stat().st_size
+            os.truncate(finished.finished, size - len(rows) * embed_items.RECORD.itemsize // 2)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed_items.FinishedVectors, "keep", stopping)
+
+
+@pytest.mark.parametrize("batches", [2, 3, 5])
+def test_the_same_command_goes_on_to_the_same_bytes(qwen3_dir, tmp_path, monkeypatch, capsys, batches):
+    few = ["--tokens_per_batch", "600"]
+    other = shutil.copytree(qwen3_dir, tmp_path / "never stopped")
+    main(flags(other, *few))
+    with monkeypatch.context() as patch:
+        stop_after(patch, batches)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(qwen3_dir, *few))
+    capsys.readouterr()
+    main(flags(qwen3_dir, *few))
+    assert "were finished by an earlier run" in capsys.readouterr().out
+    assert files_of(qwen3_dir) == files_of(other)
+
+
+def test_another_batch_size_goes_on_from_the_same_vectors(qwen3_dir, monkeypatch, reference, calls_of_embed):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(qwen3_dir, "--tokens_per_batch", "600"))
+    first = calls_of_embed.copy()
+    calls_of_embed.clear()
+    main(flags(qwen3_dir, "--tokens_per_batch", "1500"))
+    again = set(first) & set(calls_of_embed)
+    assert len(first) + len(calls_of_embed) - len(again) == 60
+    assert len(again) < len(first)  # the batch that was cut, and what shares one with it
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
+
+
+@pytest.fixture
+def calls_of_embed(monkeypatch) -> list[int]:
+    """The rows that embed_all embeds."""
+    rows, keep = [], embed_items.FinishedVectors.keep
+
+    def noting(finished, which, vectors):
+        rows.extend(which.tolist())
+        keep(finished, which, vectors)
+
+    monkeypatch.setattr(embed_items.FinishedVectors, "keep", noting)
+    return rows
+
+
+@pytest.fixture
+def stopped(with_earlier, monkeypatch):
+    """A folder with an earlier output and the vectors of a run that was stopped."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(with_earlier, "--tokens_per_batch", "600"))
+    return with_earlier
+
+
+@pytest.mark.parametrize("other", ["model_name", "weights", "instruction", "pooling", "dtype", "target_dim", "tokens",
+                                   "fingerprint"])  # fmt: skip
+def test_vectors_made_in_another_way_are_not_mixed(
+    stopped, catalogue, tiny_encoder, tmp_path, monkeypatch, refused, other
+):
+    more = {"pooling": ["--pooling", "mean"], "dtype": ["--dtype", "bfloat16"], "target_dim": ["--target_dim", "16"]}
+    argv = more.get(other, [])
+    tokenize = ["--category", "Tiny", "--data_dir", str(stopped), "--model_name", str(tiny_encoder), "--max_length"]
+    if other == "model_name":
+        argv = ["--model_name", copy_encoder(tiny_encoder, tmp_path / "copy")]
+    elif other == "weights":
+        load = embed_items.load_model
+        monkeypatch.setattr(embed_items, "load_model", lambda *arguments: load(*arguments).apply(retrained))
+    elif other == "instruction":
+        tokenize_items.main([*tokenize, str(MAX_LENGTH), "--instruction", "Another"])
+    elif other == "tokens":
+        tokenize_items.main([*tokenize, "30"])
+    elif other == "fingerprint":
+        catalogue.reverse().write_parquet(stopped / "Tiny_items_updated.parquet")
+        tokenize_items.main([*tokenize, str(MAX_LENGTH)])
+    line = refused(main, flags(stopped, *argv), stopped)
+    assert f"{stopped / PARTIAL}: holds the vectors of a stopped run with another " in line
+    assert other in line
+    assert "or delete the folder" in line
+
+
+def retrained(module: torch.nn.Module) -> None:
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data += 1e-3
+
+
+@pytest.mark.parametrize("name", ["vectors", "finished"])
+def test_damaged_vectors_are_embedded_again(stopped, monkeypatch, reference, name):
+    """Bytes flipped, and bytes cut off: whatever the checksums do not vouch for."""
+    path = stopped / PARTIAL / name
+    content = bytearray(path.read_bytes())
+    for place in range(3, len(content), 41):
+        content[place] ^= 1 << place % 8
+    path.write_bytes(content[:-5])
+    main(flags(stopped, "--tokens_per_batch", "600"))
+    assert np.abs(read_vectors(stopped) - reference("qwen3", "last")).max() < 1e-5
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"7", b"\xff"])
+def test_damaged_settings_are_refused(stopped, refused, content):
+    path = stopped / PARTIAL / "settings.json"
+    path.write_bytes(content)
+    line = refused(main, flags(stopped), stopped)
+    assert "delete the folder" in line
+
+
+def test_a_complete_output_is_not_made_again_unless_asked(qwen3_dir, catalogue, calls_of_embed, capsys):
+    main(flags(qwen3_dir))
+    complete = files_of(qwen3_dir)
+    calls_of_embed.clear()
+    main(flags(qwen3_dir))
+    assert "is complete already: nothing to do; --overwrite embeds again" in capsys.readouterr().out
+    assert not calls_of_embed
+    main(flags(qwen3_dir, "--overwrite"))
+    assert len(calls_of_embed) == 60
+    assert files_of(qwen3_dir) == complete
+    for more in (["--pooling", "mean"], ["--num_rows", "50"], ["--target_dim", "8"]):
+        calls_of_embed.clear()
+        main(flags(qwen3_dir, *more))
+        assert calls_of_embed, more
+    catalogue.with_columns(price=pl.lit(1)).write_parquet(qwen3_dir / "Tiny_items_updated.parquet")
+    calls_of_embed.clear()
+    main(flags(qwen3_dir, "--target_dim", "8"))
+    assert calls_of_embed
+    assert set(pl.read_parquet(qwen3_dir / "Tiny_items_with_embeddings.parquet")["price"]) == {1}
+
+
+def test_a_second_run_into_the_same_place_leaves(stopped, refused):
+    with embed_items.alone(stopped / "Tiny_items_with_embeddings.parquet"):
+        line = refused(main, flags(stopped), stopped)
+    assert "another run is writing it" in line
+    assert not (stopped / ".Tiny_items_with_embeddings.parquet.lock").exists()
 
 
 def test_the_command_reads_and_writes_data_output_where_it_runs(data_dir, tiny_encoder, run_script):

@@ -137,7 +137,7 @@ def test_the_npz_keeps_the_contract(data_dir, tiny_encoder, tmp_path, side):
     tokenizer.save_pretrained(tmp_path / side)
     main(flags(data_dir, tmp_path / side, "--max_length", "300"))
     npz = read_npz(data_dir)  # with allow_pickle=False
-    scalars = {"max_length", "n_items", "model_name", "instruction", "fingerprint", "format_version"}
+    scalars = {"max_length", "n_items", "model_name", "instruction", "fingerprint", "tokenizer", "format_version"}
     assert set(npz) == {"input_ids", "attention_mask"} | scalars
     assert all(npz[name].shape == () for name in scalars)
     ids, mask = npz["input_ids"], npz["attention_mask"]
