@@ -361,11 +361,12 @@ def alone(path: Path) -> Iterator[None]:
     """Ends the run where another one is writing `path`, or where nothing can be written; keeps others out meanwhile."""
     lock = path.with_name(f".{path.name}.lock")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
         file = open(lock, "w")  # noqa: SIM115  closed below
     except OSError as error:
-        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another --data_dir")
+        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another folder")
     with file:
         held = True
         try:
@@ -377,7 +378,7 @@ def alone(path: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             warn(f"{path} cannot be locked ({first_line(error)}): start no second run there")
         if not held:
-            fail(path, "another run is writing it", "wait for that one, or choose another --data_dir")
+            fail(path, "another run is writing it", "wait for that one, or choose another folder")
         try:
             yield
         finally:
@@ -612,11 +613,18 @@ def is_complete(path: Path, catalogue: pl.DataFrame, metadata: dict[str, str]) -
         return False
 
 
+def data_digest(embeddings: np.ndarray) -> str:
+    """SHA-256 of the shape and the numbers of embeddings (N, D): 64 hex digits, the same in train_rqvae.py."""
+    digest = hashlib.sha256(str(embeddings.shape).encode())
+    digest.update(np.ascontiguousarray(embeddings, "<f4"))
+    return digest.hexdigest()
+
+
 def write(path: Path, catalogue: pl.DataFrame, embeddings: np.ndarray, metadata: dict[str, str]) -> None:
     vectors = pl.Series("embedding", embeddings).cast(pl.List(pl.Float32))
     metadata = metadata | {
         "rows_per_group": str(ROWS_PER_GROUP),
-        "vectors": hashlib.sha256(np.ascontiguousarray(embeddings, "<f4")).hexdigest(),
+        "vectors": data_digest(embeddings),
     }
     with replacing(path) as temporary:
         table = catalogue.with_columns(vectors)

@@ -228,11 +228,12 @@ def alone(path: Path) -> Iterator[None]:
     """Ends the run where another one is writing `path`, or where nothing can be written; keeps others out meanwhile."""
     lock = path.with_name(f".{path.name}.lock")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
         file = open(lock, "w")  # noqa: SIM115  closed below
     except OSError as error:
-        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another --data_dir")
+        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another folder")
     with file:
         held = True
         try:
@@ -244,7 +245,7 @@ def alone(path: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             warn(f"{path} cannot be locked ({first_line(error)}): start no second run there")
         if not held:
-            fail(path, "another run is writing it", "wait for that one, or choose another --data_dir")
+            fail(path, "another run is writing it", "wait for that one, or choose another folder")
         try:
             yield
         finally:

@@ -28,27 +28,17 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-import numpy as np
-import polars as pl
-import torch
-import torch.nn.functional as F
-import wandb
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
+LARGEST, MOST_LEVELS = 10**12, 64  # of any number on the command line
 READERS = 4  # pieces of a parquet file read at once
 LEAST_ROWS_READ = 1024  # in such a piece; each costs some milliseconds
 ROWS_PER_CPU_PASS = 2048  # rows of a training batch at once: what they become stays in the CPU's caches
@@ -82,7 +72,7 @@ MODEL_FIELDS = (
 )
 FREE_FIELDS = {  # may differ between a run and the run that resumes it
     "data_dir", "checkpoint_dir", "device", "num_epochs", "max_steps", "steps_per_train_log", "steps_per_val_log",
-    "steps_per_checkpoint", "wandb_project", "resume", "export_only", "collisions",
+    "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "resume", "overwrite", "export_only", "collisions",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -152,9 +142,11 @@ class RQVAEConfig:
     steps_per_train_log: int = HfArg(default=50, help="Steps between two logged training losses.")
     steps_per_val_log: int = HfArg(default=250, help="Steps between two validations over the whole catalogue.")
     steps_per_checkpoint: int = HfArg(default=2500, help="Steps between two numbered checkpoints.")
+    keep_checkpoints: int = HfArg(default=3, help="Numbered checkpoints that stay, beside best and final.")
     wandb_project: str = HfArg(default="semantic-ids", help="Weights & Biases project.")
 
     resume: bool = HfArg(default=False, help="Go on from the newest sound checkpoint in checkpoint_dir.")
+    overwrite: bool = HfArg(default=False, help="Train again where this run is complete already.")
     export_only: bool = HfArg(default=False, help="Write the IDs from best_model.pth without training.")
     collisions: Literal["assign", "suffix", "keep"] = HfArg(
         default="assign",
@@ -167,23 +159,43 @@ class RQVAEConfig:
             "codebook_size": 2, "commitment_weight": 0, "batch_size": 1, "gradient_accumulation_steps": 1,
             "num_epochs": 1, "max_lr": 1e-12, "min_lr": 0, "warmup_steps": 0, "gradient_clip_norm": 0,
             "input_noise": 0, "input_mixing": 0, "autoencoder_steps": 0, "steps_per_codebook_reset": 1,
-            "val_split": 0, "steps_per_train_log": 1, "steps_per_val_log": 1, "steps_per_checkpoint": 1, "seed": 0,
+            "val_split": 0, "steps_per_train_log": 1, "steps_per_val_log": 1, "steps_per_checkpoint": 1,
+            "keep_checkpoints": 1, "seed": 0,
         }  # fmt: skip
         for name, least in at_least.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"--{name} {value}: must be at least {least}")
+            if value is not None and not least <= value <= LARGEST:
+                raise ValueError(f"--{name} {value}: must be at least {least} and at most {LARGEST:,}")
         for name in ("val_split", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 0 and below 1")
+        if self.codebook_quantization_levels > MOST_LEVELS:
+            levels = self.codebook_quantization_levels
+            raise ValueError(f"--codebook_quantization_levels {levels}: must be at most {MOST_LEVELS}")
         if self.seed + self.codebook_quantization_levels > 2**32:
             raise ValueError(f"--seed {self.seed}: must be below 2**32 less the levels")
-        if self.max_steps < 1 and self.max_steps != -1:
-            raise ValueError(f"--max_steps {self.max_steps}: must be at least 1, or -1 for no limit")
-        if min(self.encoder_hidden_dims, default=1) < 1:
-            raise ValueError(f"--encoder_hidden_dims {self.encoder_hidden_dims}: must all be at least 1")
+        if self.max_steps != -1 and not 1 <= self.max_steps <= LARGEST:
+            raise ValueError(f"--max_steps {self.max_steps}: must be at least 1 and at most {LARGEST:,}, or -1")
+        if not all(1 <= width <= LARGEST for width in self.encoder_hidden_dims):
+            raise ValueError(f"--encoder_hidden_dims {self.encoder_hidden_dims}: must each be 1 to {LARGEST:,}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
+
+    @property
+    def source(self) -> Path:
+        return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
+
+    @property
+    def ids_path(self) -> Path:
+        return Path(self.data_dir, f"{self.category}_semantic_ids.parquet")
+
+    @property
+    def quality_path(self) -> Path:
+        return Path(self.data_dir, f"{self.category}_quality.json")
+
+    @property
+    def best_path(self) -> Path:
+        return Path(self.checkpoint_dir, "best_model.pth")
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -220,7 +232,44 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
     return config
 
 
+def check_files(config: RQVAEConfig) -> None:
+    """Ends the run where a file to read is missing, or cannot be looked at."""
+    if not os.path.isfile(config.source):
+        fail(config.source, "not found", "run embed_items.py first")
+    if config.export_only and not os.path.isfile(config.best_path):
+        fail(config.best_path, "not found", "train first, or name another --checkpoint_dir")
+
+
+if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    check_files(parse_config(None))
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+import wandb
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps two runs apart
+    fcntl = None
+
+
 # ---------------------------------------------------------------- data
+
+
+def data_digest(embeddings: Tensor) -> str:
+    """SHA-256 of the shape and the numbers of embeddings (N, D): 64 hex digits, the same in embed_items.py."""
+    digest = hashlib.sha256(str(tuple(embeddings.shape)).encode())
+    digest.update(embeddings.contiguous().numpy())
+    return digest.hexdigest()
 
 
 class EmbeddingDataset(Dataset):
@@ -232,8 +281,6 @@ class EmbeddingDataset(Dataset):
 
     def __init__(self, path: str | Path, num_rows: int | None = None):
         path, again = Path(path), "run embed_items.py again"
-        if not os.path.isfile(path):  # false, too, where it cannot be looked at
-            fail(path, "not found", "run embed_items.py first")
         try:
             file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
             columns = file.collect_schema()
@@ -252,7 +299,9 @@ class EmbeddingDataset(Dataset):
             kind = columns["embedding"]
             if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
                 fail(path, f"embedding is {kind}, not a list of Float32", again)
-            rows = pl.read_parquet_metadata(path).get("rows_per_group", "")
+            metadata = pl.read_parquet_metadata(path)
+            self.digest = metadata.get("vectors") if num_rows is None else None  # data_digest, as embed_items.py saw it
+            rows = metadata.get("rows_per_group", "")
             rows = min(max(LEAST_ROWS_READ, int(rows)), table.height) if rows.isdecimal() else table.height
             self.embeddings = self._read_vectors(file, rows, path)  # (N, D)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
@@ -777,7 +826,7 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
     return metrics
 
 
-def progress_line(step: int, metrics: dict[str, float], config: RQVAEConfig) -> str:
+def progress_line(step: int, metrics: dict[str, float], speed: float, config: RQVAEConfig) -> str:
     """Everything that is tracked, in one line of a log."""
 
     def each_level(name: str, form: str) -> str:
@@ -793,7 +842,7 @@ def progress_line(step: int, metrics: dict[str, float], config: RQVAEConfig) -> 
     if "train/gradient_norm" in metrics:
         line += f" gradient norm {metrics['train/gradient_norm']:.3g}"
         line += f" clipped to {metrics['train/clipped_gradient_norm']:.3g};"
-        line += f" lr {metrics['train/learning_rate']:.2e}; {metrics['train/items_per_second']:,.0f} items/s;"
+        line += f" lr {metrics['train/learning_rate']:.2e}; {speed:,.0f} items/s;"
     line += f" usage {each_level('catalogue/usage', '.0%')}, perplexity {each_level('catalogue/perplexity', '.0f')},"
     line += f" distinct {metrics['catalogue/distinct']:.1%}, singleton {metrics['catalogue/singleton']:.1%},"
     return line + f" residual norm {metrics['catalogue/residual_norm']:.3g}"
@@ -803,11 +852,40 @@ def progress_line(step: int, metrics: dict[str, float], config: RQVAEConfig) -> 
 
 
 @contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Ends the run where another one is writing `path`, or where nothing can be written; keeps others out meanwhile."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
+        file = open(lock, "w")  # noqa: SIM115  closed below
+    except OSError as error:
+        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another folder")
+    with file:
+        held = True
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))  # else that run has just ended
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        except OSError as error:  # a file system without locks
+            warn(f"{path} cannot be locked ({first_line(error)}): start no second run there")
+        if not held:
+            fail(path, "another run is writing it", "wait for that one, or choose another folder")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, and moves it there, flushed, once the block has filled it."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():  # told now, not after the work
             raise IsADirectoryError("a folder has that name")
         yield temporary
@@ -820,6 +898,12 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """The newest first."""
+    paths = [path for path in folder.glob("checkpoint_step_*.pth") if path.is_file()]
+    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
 def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> tuple[dict, RQVAE]:
@@ -1077,16 +1161,17 @@ def train_step(
     return StepResult(terms, torch.cat(codes) if width else None, norm)
 
 
-def step_metrics(step: int, result: StepResult, config: RQVAEConfig) -> dict[str, float]:
-    """The step's losses and gradient norms by name; ends the run where a loss is no number any more."""
-    metrics = loss_metrics("train", result.terms, config)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            diverged(f"{name} became {value} by step {step}")
-    norm = result.gradient_norm.item()
-    metrics["train/gradient_norm"] = norm
-    metrics["train/clipped_gradient_norm"] = min(norm, config.gradient_clip_norm or math.inf)
-    return metrics
+def step_metrics(steps: range, results: list[StepResult], config: RQVAEConfig) -> dict[str, float]:
+    """The last step's losses and gradient norms by name; ends the run where one of any step (S) is no number."""
+    values = torch.stack([torch.cat([result.terms, result.gradient_norm.reshape(1)]) for result in results])
+    values = values.float().cpu()  # (S, 4 + 2L)
+    for step, row in zip(steps, values, strict=True):
+        metrics = loss_metrics("train", row[:-1], config) | {"train/gradient_norm": row[-1].item()}
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                diverged(f"{name} became {value} in step {step}")
+    clip = config.gradient_clip_norm or math.inf
+    return metrics | {"train/clipped_gradient_norm": min(metrics["train/gradient_norm"], clip)}
 
 
 class Plan(NamedTuple):
@@ -1151,19 +1236,19 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
         torch.mps.set_rng_state(states["mps"].cpu())
 
 
-def holds_best(path: Path, resumed: dict) -> bool:
-    """Whether best_model.pth is of the run to be resumed: not gone, damaged or left by another run."""
+def same_flags(trained: dict, config: dict) -> bool:
+    """Whether two configurations are of one run, but for what may differ when it goes on."""
+    return all(trained.get(name) == value for name, value in config.items() if name not in FREE_FIELDS)
+
+
+def holds_best(path: Path, config: dict, data: str, lowest_val_loss: float) -> bool:
+    """Whether best_model.pth is of this run: not gone, damaged or left by another one."""
     try:
         best, _ = load_whole(path, "cpu", CHECKPOINT_KEYS | {"data"})
     except ValueError:
         return False
-    same_flags = all(best["config"].get(name) == value for name, value in resumed["config"].items()
-                     if name not in FREE_FIELDS)  # fmt: skip
-    return (
-        same_flags
-        and best["data"] == resumed["data"]
-        and best["val_loss"] <= resumed["lowest_val_loss"] * (1 + EQUAL_LOSSES)
-    )
+    good = best["val_loss"] <= lowest_val_loss * (1 + EQUAL_LOSSES)
+    return good and best["data"] == data and same_flags(best["config"], config)
 
 
 def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
@@ -1187,7 +1272,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             each.load_state_dict(state)
         usage.copy_(resumed["usage"])
         start, metrics = resumed["step"], resumed["metrics"]
-        if holds_best(folder / "best_model.pth", resumed):
+        if holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"]):
             lowest = resumed["lowest_val_loss"]
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = config.max_lr * rate_factor(start)  # another number of steps makes another schedule
@@ -1196,6 +1281,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
         fit_standardisation(model, embeddings[train_rows])
 
     def save(name: str, step: int, **training) -> None:
+        if not torch.stack([weight.isfinite().all() for weight in model.state_dict().values()]).all():
+            diverged(f"a weight became NaN or infinite in step {step}")
         epoch = step // plan.steps_per_epoch
         save_checkpoint(folder / name, model, step, epoch, metrics.get("val/total_loss", math.inf), **training,
                         metrics=metrics, data=data)  # fmt: skip
@@ -1205,9 +1292,11 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
              scheduler_states=[each.state_dict() for each in schedulers], random_states=random_states(),
              usage=usage, lowest_val_loss=lowest, wandb_run_id=run.id,
              autoencoder_steps=plan.autoencoder_steps)  # fmt: skip
+        for path in numbered_checkpoints(folder)[config.keep_checkpoints :]:
+            path.unlink(missing_ok=True)
 
     model.train()
-    last_log, last_time, order, order_epoch = start, time.perf_counter(), None, None
+    last_log, last_time, order, order_epoch, unseen = start, time.perf_counter(), None, None, []
     bar = tqdm(total=plan.total_steps, initial=start, desc="train", unit=" steps", smoothing=0.05)
     with finishing_steps() as asked_to_stop, bar:
         for step in range(start + 1, plan.total_steps + 1):
@@ -1223,6 +1312,7 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * plan.total_steps else 1
             result = train_step(model, optimizers, embeddings, rows, noise, width if quantize else 0)
+            unseen.append(result._replace(codes=None))  # looked at where the host waits for the device anyway
             rate = schedulers[0].get_last_lr()[0]
             for scheduler in schedulers:
                 scheduler.step()
@@ -1235,13 +1325,18 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                     usage.zero_()
 
             validating = quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps)
-            if validating or step % config.steps_per_train_log == 0:
-                logged = step_metrics(step, result, config)
-                now = time.perf_counter()
+            logging = validating or step % config.steps_per_train_log == 0
+            stopping = bool(asked_to_stop) and step < plan.total_steps
+            saving = stopping or step % config.steps_per_checkpoint == 0
+            if logging or saving:
+                logged = step_metrics(range(step - len(unseen) + 1, step + 1), unseen, config)
                 logged["train/learning_rate"] = rate
-                logged["train/items_per_second"] = (step - last_log) * plan.rows_per_step / (now - last_time)
+                unseen = []
+            if logging:
+                now = time.perf_counter()
+                speed = (step - last_log) * plan.rows_per_step / (now - last_time)
                 last_log, last_time = step, now
-                run.log(logged, step=step)
+                run.log(logged | {"train/items_per_second": speed}, step=step)
                 metrics |= logged
                 bar.set_postfix_str(f"loss {logged['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating:
@@ -1253,13 +1348,12 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 lowest = min(lowest, loss)
                 if better:
                     save("best_model.pth", step)
-                bar.write(progress_line(step, metrics, config) + ("  best" if better else ""))
+                bar.write(progress_line(step, metrics, speed, config) + ("  best" if better else ""))
                 last_log, last_time = step, time.perf_counter()  # items a second are those of training alone
-            if step % config.steps_per_checkpoint == 0:
+            if saving:
                 save_numbered(step)
             bar.update()
-            if asked_to_stop and step < plan.total_steps:
-                save_numbered(step)
+            if stopping:
                 return False, lowest
     if not math.isfinite(lowest):
         diverged("no validation loss was finite")
@@ -1486,10 +1580,14 @@ def make_distinct(
     return count_within(codes) if collisions == "suffix" else codes
 
 
-def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
+def made_from(config: RQVAEConfig, data: str) -> dict[str, str]:
+    """What the IDs follow from, for the metadata of their file; `data` is the digest of the embeddings."""
+    model = hashlib.sha256(config.best_path.read_bytes()).hexdigest()
+    return {"model": model, "embeddings": data, "collisions": config.collisions}
+
+
+def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConfig, run=None) -> None:
     """Encodes the whole catalogue, makes the IDs distinct, and writes, prints and sends to W&B what they are worth."""
-    path = Path(config.data_dir, f"{config.category}_semantic_ids.parquet")
-    quality_path = Path(config.data_dir, f"{config.category}_quality.json")
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
     latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
@@ -1509,9 +1607,9 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
     tree = example_tree(written, table["semantic_id"], dataset.labels)
-    with replacing(path) as ids_file:
-        table.write_parquet(ids_file)
-        with replacing(quality_path) as quality_file:  # before the IDs take their place: both or none
+    with replacing(config.ids_path) as ids_file:
+        table.write_parquet(ids_file, metadata=made_from(config, data))
+        with replacing(config.quality_path) as quality_file:  # before the IDs take their place: both or none
             quality_file.write_text(json.dumps(quality, indent=1) + "\n")
 
     levels = quality["levels"]
@@ -1527,7 +1625,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     print(f"recall is of {quality['recall_queries']:,} items", end="" if whole else "; ")
     print("" if whole else f"it and the reconstruction are of a sample of {quality['sampled_items']:,} items")
     print(f"\nsome prefixes and their items:\n{show_tree(tree)}")
-    print(f"\nwrote {path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {quality_path}")
+    print(f"\nwrote {config.ids_path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {config.quality_path}")
     if run:
         send_report(run, quality, tree)
 
@@ -1607,6 +1705,22 @@ def upload_best(run, path: Path, config: RQVAEConfig) -> None:
 # ---------------------------------------------------------------- main
 
 
+def read_digest(dataset: EmbeddingDataset, source: Path) -> str:
+    """The data_digest of the embeddings; ends the run where it is not the one that their file tells."""
+    digest = data_digest(dataset.embeddings)
+    if dataset.digest not in (None, digest):
+        fail(source, "damaged: its embeddings are not those that were written", "run embed_items.py again")
+    return digest
+
+
+def make_model(config: RQVAEConfig, device: torch.device) -> RQVAE:
+    try:
+        return RQVAE(config).to(device)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # each device has its own for too little memory
+        trouble = f"a model of these sizes cannot be made ({first_line(error)})"
+        fail("command line", trouble, "lower --encoder_hidden_dims, --codebook_size or --codebook_embedding_dim")
+
+
 def check_sizes(n: int, source: Path, shape: RQVAEConfig, collisions: str) -> None:
     """Ends the run where n items cannot all have IDs of this shape."""
     levels, size = shape.codebook_quantization_levels, shape.codebook_size
@@ -1639,11 +1753,23 @@ def check_model(path: Path, trained: RQVAEConfig, config: RQVAEConfig, dim: int)
             fail(path, f"trained with --{name} {getattr(trained, name)}, not {asked}", "leave that flag out")
 
 
+def is_complete(config: RQVAEConfig, dataset: EmbeddingDataset, data: str, total_steps: int) -> bool:
+    """Whether this run has been trained to its end, and its IDs are written."""
+    try:
+        final, _ = load_whole(config.best_path.with_name("final_model.pth"), "cpu", CHECKPOINT_KEYS | {"data"})
+        trained = final["step"] == total_steps and final["data"] == data and same_flags(final["config"], asdict(config))
+        if not trained or not config.quality_path.exists():
+            return False
+        found = pl.read_parquet_metadata(config.ids_path)
+        same = all(found.get(name) == value for name, value in made_from(config, data).items())
+        return same and pl.read_parquet(config.ids_path)["parent_asin"].equals(dataset.parent_asin)
+    except (ValueError, OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # gone, or damaged
+        return False
+
+
 def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
     """The newest numbered checkpoint that is whole, if it belongs to this command; a damaged one is passed over."""
-    paths = [path for path in folder.glob("checkpoint_step_*.pth") if path.is_file()]
-    paths.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for path in paths:
+    for path in numbered_checkpoints(folder):
         try:
             checkpoint, _ = load_whole(path, "cpu", RESUME_KEYS)
         except ValueError as error:
@@ -1662,33 +1788,10 @@ def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
     return None
 
 
-def data_digest(embeddings: Tensor) -> str:
-    """Tells one set of embeddings (N, D) from another: SHA-256 of its shape and numbers."""
-    digest = hashlib.sha256(str(tuple(embeddings.shape)).encode())
-    digest.update(embeddings.contiguous().numpy())
-    return digest.hexdigest()
-
-
-def main(argv: list[str] | None = None) -> int:
-    config = parse_config(argv)
-    source = Path(config.data_dir, f"{config.category}_items_with_embeddings.parquet")
-    folder = Path(config.checkpoint_dir)
-    best_path = folder / "best_model.pth"
-    for name, value in asdict(config).items():
-        print(f"{name}: {value}")
-    device, why = choose_device(config.device)
-    dataset = EmbeddingDataset(source, config.num_rows)
+def train_and_export(config: RQVAEConfig, dataset: EmbeddingDataset, device: torch.device) -> int:
+    """The whole run; returns the exit status."""
+    source, folder = config.source, Path(config.checkpoint_dir)
     n, dim = dataset.embeddings.shape
-    print(f"{n:,} items of {dim} dimensions from {source}")
-    print(f"device {device} ({why})")
-
-    if config.export_only:
-        model = load_model(best_path, device)
-        check_model(best_path, model.config, config, dim)
-        check_sizes(n, source, model.config, config.collisions)
-        export(model, dataset, config)
-        return 0
-
     if config.item_embedding_dim not in (None, dim):
         trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
         fail(source, trouble, f"leave --item_embedding_dim out, or embed with --target_dim {config.item_embedding_dim}")
@@ -1697,17 +1800,23 @@ def main(argv: list[str] | None = None) -> int:
     check_sizes(n, source, config, config.collisions)
     plan = plan_training(n, config)
     check_plan(plan, source, config)
-    data = data_digest(dataset.embeddings)
+    data = read_digest(dataset, source)
+    if not config.overwrite and is_complete(config, dataset, data, plan.total_steps):
+        print(f"{folder / 'final_model.pth'} and {config.ids_path} are complete already: nothing to do; --overwrite "
+              "trains again, --export_only writes the IDs again")  # fmt: skip
+        return 0
     resumed = find_resumed(folder, config, data) if config.resume else None
     if resumed:  # by default these follow from the number of steps, which may be another now
         plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_plan(plan, source, config)
         if resumed["step"] >= plan.total_steps:
             print(f"nothing left to train: {resumed['step']} of {plan.total_steps} steps are done")
-            if not holds_best(best_path, resumed):
-                fail(best_path, "gone, or another run's", "train again without --resume")
+            if not holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"]):
+                fail(config.best_path, "gone, or another run's", "train again without --resume")
+    elif numbered := numbered_checkpoints(folder):
+        warn(f"{numbered[0]} and what else an earlier run left there will be replaced; --resume would go on from it")
     torch.manual_seed(config.seed)
-    model = RQVAE(config).to(device)
+    model = make_model(config, device)
     model.mlp_dtype = getattr(torch, config.dtype)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     held_out = n - len(plan.train_rows)
@@ -1723,9 +1832,9 @@ def main(argv: list[str] | None = None) -> int:
     embeddings = dataset.embeddings.to(device)
     finished, lowest = train(model, embeddings, plan, data, resumed, run)
     if finished:
-        export(load_model(best_path, device), dataset, config, run)
+        export(load_model(config.best_path, device), dataset, data, config, run)
     if math.isfinite(lowest):  # else best_model.pth, if there is one, is of an earlier run
-        upload_best(run, best_path, config)
+        upload_best(run, config.best_path, config)
     run.finish()
     if not finished:
         print(f"interrupted: saved in {folder}; go on with the same command and --resume", file=sys.stderr)
@@ -1733,8 +1842,29 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    config = parse_config(argv)
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    check_files(config)
+    device, why = choose_device(config.device)
+    with alone(config.ids_path), nullcontext() if config.export_only else alone(config.best_path):
+        dataset = EmbeddingDataset(config.source, config.num_rows)
+        n, dim = dataset.embeddings.shape
+        print(f"{n:,} items of {dim} dimensions from {config.source}")
+        print(f"device {device} ({why})")
+        if not config.export_only:
+            return train_and_export(config, dataset, device)
+        model = load_model(config.best_path, device)
+        check_model(config.best_path, model.config, config, dim)
+        check_sizes(n, config.source, model.config, config.collisions)
+        export(model, dataset, read_digest(dataset, config.source), config)
+        return 0
+
+
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -232,6 +232,13 @@ def copy(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "copy")
 
 
+@pytest.fixture
+def unfinished(copy) -> Path:
+    """A copy of that folder as a run leaves it that is stopped before its end."""
+    (checkpoints(copy) / "final_model.pth").unlink()
+    return copy
+
+
 def stop_at(monkeypatch, step: int) -> None:
     """Sends Ctrl-C to this process in the middle of the n-th training step from now."""
     real, count = train_rqvae.train_step, iter(range(1, 10**6))
@@ -519,15 +526,15 @@ def test_an_interrupted_run_resumed_equals_one_that_never_stopped(tmp_path, monk
     assert ids_of(whole).equals(ids_of(stopped))
 
 
-def test_resuming_passes_over_a_damaged_checkpoint(trained, copy, capsys):
-    newest = checkpoints(copy) / "checkpoint_step_20.pth"
+def test_resuming_passes_over_a_damaged_checkpoint(trained, unfinished, capsys):
+    newest = checkpoints(unfinished) / "checkpoint_step_20.pth"
     newest.write_bytes(newest.read_bytes()[:1000])
     os.utime(newest)
-    assert run(copy, "--resume") == 0
+    assert run(unfinished, "--resume") == 0
     text = capsys.readouterr()
     assert f"warning: {newest} is damaged" in text.err
-    assert f"going on from {checkpoints(copy) / 'checkpoint_step_10.pth'}" in text.out
-    assert same_tensors(load(copy), load(trained))
+    assert f"going on from {checkpoints(unfinished) / 'checkpoint_step_10.pth'}" in text.out
+    assert same_tensors(load(unfinished), load(trained))
 
 
 def test_resuming_without_a_checkpoint_says_so_and_starts(folder, trained, capsys):
@@ -536,10 +543,59 @@ def test_resuming_without_a_checkpoint_says_so_and_starts(folder, trained, capsy
     assert same_tensors(load(folder), load(trained))
 
 
-def test_resuming_a_finished_run_changes_no_weight(copy, trained):
-    assert run(copy, "--resume") == 0
+@pytest.mark.parametrize("switches", [[], ["--resume"]])
+def test_a_complete_run_is_not_repeated_unless_asked(copy, trained, calls, capsys, switches):
+    steps, exports = calls("train_step"), calls("export")
+    before = outputs(copy)
+    assert run(copy, *switches) == 0
+    assert "are complete already: nothing to do; --overwrite trains again" in capsys.readouterr().out
+    assert outputs(copy) == before
+    assert not steps
+    assert not exports
+    assert run(copy, *switches, "--overwrite") == 0
+    assert exports
     assert same_tensors(load(copy), load(trained))
     assert ids_of(copy).equals(ids_of(trained))
+
+
+MISSING = {
+    "no final model": lambda folder: (checkpoints(folder) / "final_model.pth").unlink(),
+    "no best model": lambda folder: (checkpoints(folder) / "best_model.pth").unlink(),
+    "a damaged final model": lambda folder: os.truncate(checkpoints(folder) / "final_model.pth", 999),
+    "no IDs": lambda folder: (folder / "data" / "Tiny_semantic_ids.parquet").unlink(),
+    "damaged IDs": lambda folder: os.truncate(folder / "data" / "Tiny_semantic_ids.parquet", 999),
+    "no report": lambda folder: (folder / "data" / "Tiny_quality.json").unlink(),
+    "other IDs": lambda folder: run(folder, "--export_only", collisions="suffix"),
+    "other names": lambda folder: catalogue().reverse().write_parquet(source(folder)),
+    "longer": None,
+    "another seed": None,
+}
+
+
+@pytest.mark.parametrize("kind", MISSING)
+def test_a_run_that_is_not_complete_is_run(copy, trained, calls, kind):
+    exports = calls("export")
+    if MISSING[kind]:
+        MISSING[kind](copy)
+    exports.clear()
+    assert run(copy, **{"longer": {"max_steps": 25}, "another seed": {"seed": 1}}.get(kind, {})) == 0
+    assert len(exports) == 1
+    if kind not in ("other names", "longer", "another seed"):
+        assert ids_of(copy).equals(ids_of(trained))
+        assert same_tensors(load(copy), load(trained))
+
+
+def test_starting_over_an_earlier_run_is_warned_of(unfinished, capsys):
+    assert run(unfinished) == 0
+    text = capsys.readouterr().err
+    assert re.search(r"warning: .*checkpoint_step_20.pth and .* will be replaced; --resume would go on from it", text)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, [20]), (2, [15, 20]), (9, [5, 10, 15, 20])])
+def test_only_the_newest_numbered_checkpoints_stay(folder, keep, kept):
+    assert run(folder, steps_per_checkpoint=5, keep_checkpoints=keep) == 0
+    names = {f"checkpoint_step_{step}.pth" for step in kept} | {"best_model.pth", "final_model.pth"}
+    assert {path.name for path in checkpoints(folder).iterdir()} == names
 
 
 @pytest.mark.parametrize(("first", "second", "stop"), [(24, 200, 20), (100, 30, 15)], ids=["longer", "shorter"])
@@ -997,9 +1053,9 @@ def test_where_wandb_is_out_of_reach_the_run_goes_on_offline(folder, monkeypatch
 @pytest.mark.parametrize(
     ("mode", "project", "named"), [("bogus", "fine", "WANDB_MODE"), ("offline", "a/b", "a/b")], ids=["mode", "project"]
 )
-def test_wandb_settings_that_cannot_be_are_refused(copy, refused, monkeypatch, mode, project, named):
+def test_wandb_settings_that_cannot_be_are_refused(unfinished, refused, monkeypatch, mode, project, named):
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert named in refused(copy, wandb_project=project)
+    assert named in refused(unfinished, wandb_project=project)
 
 
 # ---------------------------------------------------------------- wrong use
@@ -1235,23 +1291,23 @@ def test_a_damaged_best_model_is_refused_and_runs_nothing(copy, refused, how):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("how", HOWS, ids=str)
-def test_a_damaged_newest_checkpoint_is_passed_over_and_runs_nothing(copy, trained, capsys, how):
-    path = checkpoints(copy) / "checkpoint_step_20.pth"
+def test_a_damaged_newest_checkpoint_is_passed_over_and_runs_nothing(unfinished, trained, capsys, how):
+    path = checkpoints(unfinished) / "checkpoint_step_20.pth"
     trap = damage(path, how)
     os.utime(path)
-    assert run(copy, "--resume") == 0
+    assert run(unfinished, "--resume") == 0
     text = capsys.readouterr()
     assert f"warning: {path} " in text.err
     assert not trap.exists()
-    assert same_tensors(load(copy), load(trained))
+    assert same_tensors(load(unfinished), load(trained))
 
 
 @pytest.mark.parametrize("key", ["model_state_dict", "config", "step", "optimizer_states", "random_states", "usage"])
-def test_a_checkpoint_without_all_that_a_resume_needs_is_passed_over(copy, trained, key):
-    path = checkpoints(copy) / "checkpoint_step_20.pth"
-    torch.save({name: value for name, value in load(copy, path.stem).items() if name != key}, path)
-    assert run(copy, "--resume") == 0
-    assert same_tensors(load(copy), load(trained))
+def test_a_checkpoint_without_all_that_a_resume_needs_is_passed_over(unfinished, trained, key):
+    path = checkpoints(unfinished) / "checkpoint_step_20.pth"
+    torch.save({name: value for name, value in load(unfinished, path.stem).items() if name != key}, path)
+    assert run(unfinished, "--resume") == 0
+    assert same_tensors(load(unfinished), load(trained))
 
 
 def test_a_missing_best_model_is_refused(copy, refused):
@@ -1309,26 +1365,26 @@ def test_a_model_of_another_dimension_is_not_exported(copy, refused):
 # ---------------------------------------------------------------- disks and numbers that run out
 
 
-def test_a_full_disk_that_python_sees_is_refused(copy, refused, monkeypatch):
+def test_a_full_disk_that_python_sees_is_refused(unfinished, refused, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    line = refused(copy)
-    assert str(checkpoints(copy)) in line
+    line = refused(unfinished)
+    assert str(checkpoints(unfinished)) in line
     assert "No space left on device" in line
     assert "make room" in line
 
 
 @pytest.mark.parametrize("size", [0, 3000, 15_000, 30_000])
-def test_a_full_disk_under_a_checkpoint_is_refused(copy, refused, full_disk, size):
+def test_a_full_disk_under_a_checkpoint_is_refused(unfinished, refused, full_disk, size):
     # 30,000 is room for best_model.pth, and not for a numbered checkpoint
-    line = full_disk(partial(refused, copy, files_stay=size < 20_000), limit=size)
-    assert str(checkpoints(copy)) in line
+    line = full_disk(partial(refused, unfinished, files_stay=size < 20_000), limit=size)
+    assert str(checkpoints(unfinished)) in line
     assert "make room" in line
-    for path in checkpoints(copy).glob("*.pth"):
+    for path in checkpoints(unfinished).glob("*.pth"):
         assert torch.load(path, weights_only=True).keys() >= KEYS
-    assert not list(checkpoints(copy).glob(".*"))
+    assert not list(checkpoints(unfinished).glob(".*"))
 
 
 def test_a_full_disk_under_the_ids_is_refused(copy, refused, full_disk):
@@ -1349,9 +1405,69 @@ def test_a_run_that_diverges_fails_and_exports_nothing(copy, log, kmeans):
     # best_model.pth and the IDs of an earlier run are in this folder, and are not this run's
     before = outputs(copy)
     with pytest.raises(SystemExit, match=r"error: .*; train again with a lower --max_lr"):
-        run(copy, max_lr=1e30, gradient_clip_norm=0, warmup_steps=0, use_kmeans_init=kmeans, steps_per_train_log=log)
+        run(copy, max_lr=1e12, gradient_clip_norm=0, warmup_steps=0, use_kmeans_init=kmeans, steps_per_train_log=log)
     kept = ["checkpoints/best_model.pth", "data/Tiny_semantic_ids.parquet"]
     assert {name: outputs(copy)[name] for name in kept} == {name: before[name] for name in kept}
+
+
+@pytest.mark.parametrize(("term", "place"), [("total_loss", 0), ("commitment_loss_2", 8), ("gradient_norm", None)])
+@pytest.mark.parametrize("log", [1, 1000])
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_saved(folder, monkeypatch, term, place, log):
+    """In step 12, between two checkpoints and between two validations."""
+    real, count = train_rqvae.train_step, iter(range(1, 10**6))
+
+    def breaking(*arguments):
+        result = real(*arguments)
+        if next(count) != 12:
+            return result
+        if place is None:
+            return result._replace(gradient_norm=torch.tensor(math.inf))
+        result.terms[place] = math.nan
+        return result
+
+    monkeypatch.setattr(train_rqvae, "train_step", breaking)
+    with pytest.raises(SystemExit, match=rf"error: train/{term} became (nan|inf) in step 12; train again"):
+        run(folder, steps_per_checkpoint=5, steps_per_train_log=log)
+    assert {path.name for path in checkpoints(folder).iterdir()} == {
+        "checkpoint_step_5.pth", "checkpoint_step_10.pth", "best_model.pth"
+    }  # fmt: skip
+    assert load(folder, "best_model")["step"] == 8
+
+
+def test_weights_that_are_no_numbers_are_not_saved(folder, monkeypatch):
+    real, count = train_rqvae.train_step, iter(range(1, 10**6))
+
+    def breaking(model, *arguments):
+        result = real(model, *arguments)
+        if next(count) == 15:
+            model.encoder[0].weight.data[0, 0] = math.nan
+        return result
+
+    monkeypatch.setattr(train_rqvae, "train_step", breaking)
+    with pytest.raises(SystemExit, match="error: a weight became NaN or infinite in step 15; train again"):
+        run(folder, steps_per_checkpoint=5)
+    assert {path.name for path in checkpoints(folder).iterdir()} >= {"checkpoint_step_10.pth", "best_model.pth"}
+    assert not (checkpoints(folder) / "checkpoint_step_15.pth").exists()
+
+
+def test_embeddings_that_are_not_those_written_are_refused(copy, refused):
+    """A flipped bit where the file's own structure stays sound."""
+    path, table = source(copy), pl.read_parquet(source(copy))
+    metadata = {"vectors": train_rqvae.data_digest(embeddings_of(copy))}
+    table.write_parquet(path, compression="uncompressed", metadata=metadata)
+    assert run(copy, "--overwrite") == 0
+    content, number = path.read_bytes(), table["embedding"][7].to_numpy()[:2].tobytes()
+    assert content.count(number) == 1
+    path.write_bytes(content.replace(number, bytes([number[0] ^ 1]) + number[1:]))
+    for switch in ("--export_only", "--resume"):
+        assert f"{path}: damaged" in refused(copy, switch)
+
+
+def test_a_second_run_into_the_same_place_leaves(copy, refused):
+    with train_rqvae.alone(checkpoints(copy) / "best_model.pth"):
+        assert "another run is writing it" in refused(copy, data_dir=copy / "data")
+    with train_rqvae.alone(copy / "data" / "Tiny_semantic_ids.parquet"):
+        assert "another run is writing it" in refused(copy, "--export_only")
 
 
 # ---------------------------------------------------------------- GPU
