@@ -1815,6 +1815,8 @@ def train_and_export(config: RQVAEConfig, dataset: EmbeddingDataset, device: tor
                 fail(config.best_path, "gone, or another run's", "train again without --resume")
     elif numbered := numbered_checkpoints(folder):
         warn(f"{numbered[0]} and what else an earlier run left there will be replaced; --resume would go on from it")
+    for path in folder.glob(".*.pth.tmp"):  # of a run that was killed as it saved
+        path.unlink()
     torch.manual_seed(config.seed)
     model = make_model(config, device)
     model.mlp_dtype = getattr(torch, config.dtype)

@@ -616,14 +616,15 @@ def test_resuming_with_another_length_starts_the_codes_exactly_once(folder, monk
     assert len(started) == 1
 
 
-def test_ctrl_c_stops_the_script_after_its_step(folder):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_the_script_after_its_step(folder, number):
     argv = command(folder, max_steps=1_000_000, steps_per_train_log=1000, steps_per_checkpoint=20)
     process = subprocess.Popen([sys.executable, str(SCRIPT), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first = checkpoints(folder) / "checkpoint_step_20.pth"
     limit = time.monotonic() + 60
     while not first.exists() and time.monotonic() < limit and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert b"Traceback" not in err
@@ -631,6 +632,24 @@ def test_ctrl_c_stops_the_script_after_its_step(folder):
     newest = max(checkpoints(folder).glob("checkpoint_step_*.pth"), key=lambda path: path.stat().st_mtime_ns)
     assert int(newest.stem.rpartition("_")[2]) >= 20
     assert torch.load(newest, weights_only=True).keys() >= KEYS
+
+
+def test_a_second_ctrl_c_stops_at_once(folder, monkeypatch):
+    def twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("still at work")
+
+    monkeypatch.setattr(train_rqvae, "train_step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+
+
+def test_what_a_killed_save_left_is_removed(unfinished):
+    stale = checkpoints(unfinished) / ".checkpoint_step_7.pth.tmp"
+    stale.write_bytes(b"half")
+    assert run(unfinished, "--resume") == 0
+    assert not stale.exists()
 
 
 def test_a_stop_before_the_first_validation_ignores_another_runs_best_model(copy, monkeypatch, recorder):

@@ -1,0 +1,454 @@
+"""Runs that are killed, files that are damaged, flags that make no sense, disks that are full: nothing is lost.
+
+KILLS=20 python -m pytest tests/test_faults.py is the nightly mode: 20 kills a stage, and as many times more damage.
+"""
+
+import io
+import os
+import pickle
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from conftest import ROOT, files_of, make_texts
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import embed_items
+import tokenize_items
+import train_rqvae
+
+KILLS = int(os.environ.get("KILLS", "3"))
+N = 400
+MAIN = {"tokenize": tokenize_items.main, "embed": embed_items.main, "train": train_rqvae.main}
+SCRIPT = {"tokenize": "tokenize_items.py", "embed": "embed_items.py", "train": "train_rqvae.py"}
+CONFIG = {
+    "tokenize": tokenize_items.TokenizeConfig,
+    "embed": embed_items.EmbedConfig,
+    "train": train_rqvae.RQVAEConfig,
+}
+INPUTS = {
+    "tokenize": ["data/Tiny_items_updated.parquet"],
+    "embed": ["data/Tiny_items_updated.parquet", "data/Tiny_tokenized.npz"],
+    "train": ["data/Tiny_items_with_embeddings.parquet"],
+}
+OUTPUTS = {
+    "tokenize": ["data/Tiny_tokenized.npz"],
+    "embed": ["data/Tiny_items_with_embeddings.parquet"],
+    "train": ["data/Tiny_semantic_ids.parquet", "data/Tiny_quality.json", "checkpoints/best_model.pth",
+              "checkpoints/final_model.pth"],
+}  # fmt: skip
+TRAINING = (
+    "--encoder_hidden_dims 32 16 --codebook_embedding_dim 8 --codebook_size 16 --batch_size 64 --max_steps 120 "
+    "--max_lr 3e-3 --warmup_steps 4 --val_split 0.1 --steps_per_codebook_reset 10 --steps_per_val_log 10 "
+    "--steps_per_checkpoint 10"
+)
+BARS = re.compile(r"(tokenize|embed|train|Loading weights): |step \d+: |warning: ")
+
+
+@dataclass
+class Stages:
+    """A folder after all three stages, none of which was disturbed."""
+
+    folder: Path
+    model: Path
+
+    def argv(self, stage: str, *more: str) -> list[str]:
+        """The command of a stage, for the folder it is run in."""
+        own = {
+            "tokenize": ["--model_name", str(self.model)],
+            "embed": ["--device", "cpu", "--tokens_per_batch", "400"],
+            "train": ["--device", "cpu", "--checkpoint_dir", "checkpoints", "--resume", *TRAINING.split()],
+        }
+        return ["--category", "Tiny", "--data_dir", "data", *own[stage], *more]
+
+    def start(self, stage: str, folder: Path) -> Path:
+        """A new folder of that stage's inputs and, where its output will be, an earlier file."""
+        for name in INPUTS[stage]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / name, folder / name)
+        (folder / OUTPUTS[stage][0]).write_bytes(b"earlier")
+        return folder
+
+    def wanted(self, stage: str) -> dict[str, bytes]:
+        return {name: (self.folder / name).read_bytes() for name in OUTPUTS[stage]}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, tiny_encoder) -> Stages:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    stages = Stages(folder, tiny_encoder)
+    (folder / "data").mkdir()
+    texts = make_texts(N, seed=2)
+    items = pl.DataFrame({"parent_asin": [f"B{i:04}" for i in range(N)], "item_context": texts})
+    items.write_parquet(folder / "data" / "Tiny_items_updated.parquet")
+    for stage in MAIN:
+        assert run_as_a_user(stages, stage, folder).wait() == 0
+    return stages
+
+
+def run_as_a_user(stages: Stages, stage: str, folder: Path, *more: str, **options) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / SCRIPT[stage]), *stages.argv(stage, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+def run_here(stages: Stages, stage: str, folder: Path, *more: str) -> tuple[int, str]:
+    """The exit status and what was printed on standard error; anything but an exit is raised."""
+    before, errors = Path.cwd(), io.StringIO()
+    os.chdir(folder)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(errors):
+            status = MAIN[stage](stages.argv(stage, *more))
+    except SystemExit as ended:
+        if isinstance(ended.code, str):  # Python prints it
+            print(ended.code, file=errors)
+        status = ended.code if isinstance(ended.code, int) else 1
+    finally:
+        os.chdir(before)
+    return status or 0, errors.getvalue()
+
+
+def complaint(errors: str) -> str:
+    """The one line that is no progress bar and no warning."""
+    lines = [line for line in re.split(r"[\r\n]+", errors) if line.strip() and not BARS.match(line)]
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("error: "), errors
+    return lines[0]
+
+
+# ---------------------------------------------------------------- killed
+
+
+def wait_for_work(process: subprocess.Popen, folder: Path) -> float:
+    """Returns when the process holds its output, and so is past its imports; at once where it has ended."""
+    while process.poll() is None:
+        if any(is_held(path) for path in folder.rglob(".*.lock")):
+            break
+        time.sleep(0.01)
+    return time.perf_counter()
+
+
+def is_held(lock: Path) -> bool:
+    fcntl = pytest.importorskip("fcntl", reason="locks are a POSIX matter")
+    try:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
+
+
+@pytest.mark.parametrize("stage", MAIN)
+def test_runs_killed_at_any_moment_end_with_the_same_bytes(stages, stage, tmp_path):
+    wanted, draw = stages.wanted(stage), random.Random(KILLS)
+    folder = stages.start(stage, tmp_path / "0")
+    process = run_as_a_user(stages, stage, folder)
+    began = wait_for_work(process, folder)
+    assert process.wait() == 0
+    length = time.perf_counter() - began  # of the work, from the lock to the end
+    kills, round_ = 0, 0
+    while kills < KILLS:
+        round_ += 1
+        folder = stages.start(stage, tmp_path / str(round_))
+        is_running = True
+        while is_running and kills < KILLS:
+            process = run_as_a_user(stages, stage, folder)
+            wait_for_work(process, folder)
+            try:
+                process.wait(draw.uniform(0, length))
+                is_running = False
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                kills += 1
+            check_whole(folder, stage, wanted)
+        if is_running:
+            process = run_as_a_user(stages, stage, folder)
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+        made = files_of(folder)
+        assert {name: made[name] for name in wanted} == wanted
+        assert set(made) <= {*INPUTS[stage], *files_of(stages.folder)}, "leftovers"
+
+
+def check_whole(folder: Path, stage: str, wanted: dict[str, bytes]) -> None:
+    """After a kill: the earlier output or the whole new one, and no checkpoint that cannot be read."""
+    first = OUTPUTS[stage][0]
+    assert (folder / first).read_bytes() in (b"earlier", wanted[first])
+    for path in folder.glob("checkpoints/*.pth"):
+        train_rqvae.load_whole(path, "cpu", train_rqvae.CHECKPOINT_KEYS)
+
+
+def test_a_run_beside_another_leaves_and_disturbs_nothing(stages, tmp_path):
+    for stage in MAIN:
+        folder = stages.start(stage, tmp_path / stage)
+        first = run_as_a_user(stages, stage, folder)
+        wait_for_work(first, folder)
+        status, errors = run_here(stages, stage, folder)
+        said, _ = first.communicate(timeout=120)
+        assert first.returncode == 0, said
+        assert status == 2
+        assert "another run is writing it" in complaint(errors)
+        assert {name: (folder / name).read_bytes() for name in OUTPUTS[stage]} == stages.wanted(stage)
+
+
+# ---------------------------------------------------------------- damaged
+
+
+@st.composite
+def damages(draw, names: list[str]) -> tuple[str, str, float]:
+    """A file, what is done to it, and where: a share of its length, from the start or, negative, from the end."""
+    place = draw(st.one_of(st.floats(0, 1), st.floats(0, 0.02), st.floats(-0.02, -0.0001)))
+    return draw(st.sampled_from(names)), draw(st.sampled_from(["cut", "bit 0", "bit 6", "zeros", "longer"])), place
+
+
+def damage(path: Path, how: str, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    spot = int(len(content) * (place if place >= 0 else 1 + place))
+    spot = min(spot, len(content) - 1)
+    if how == "cut":
+        del content[spot:]
+    elif how == "zeros":
+        content[spot : spot + 64] = bytes(len(content[spot : spot + 64]))
+    elif how == "longer":
+        content[spot:spot] = b"more"
+    else:
+        content[spot] ^= 1 << int(how[-1])
+    path.write_bytes(content)
+
+
+DAMAGED = INPUTS | {
+    "embed": [*INPUTS["embed"], "data/.Tiny_items_with_embeddings.parquet.partial/vectors",
+              "data/.Tiny_items_with_embeddings.parquet.partial/finished",
+              "data/.Tiny_items_with_embeddings.parquet.partial/settings.json"],
+    "train": [*INPUTS["train"], "checkpoints/checkpoint_step_110.pth", "checkpoints/best_model.pth"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(stages, tmp_path_factory) -> dict[str, Path]:
+    """For each stage a folder as a stopped run leaves it, with what the next run builds on."""
+    folders = {stage: stages.start(stage, tmp_path_factory.mktemp("stopped") / stage) for stage in MAIN}
+    keep, kept = embed_items.FinishedVectors.keep, []
+
+    def stopping(finished, rows, vectors):
+        keep(finished, rows, vectors)
+        kept.append(rows)
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed_items.FinishedVectors, "keep", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(stages, "embed", folders["embed"])
+    for path in stages.folder.glob("checkpoints/*"):
+        (folders["train"] / "checkpoints").mkdir(exist_ok=True)
+        if path.name not in ("final_model.pth", "checkpoint_step_120.pth"):
+            shutil.copy2(path, folders["train"] / "checkpoints")
+    return folders
+
+
+@pytest.mark.parametrize("stage", MAIN)
+def test_damage_is_told_or_harmless(stages, stopped, stage, tmp_path_factory):
+    refusals = []
+
+    @settings(max_examples=20 * KILLS, suppress_health_check=list(HealthCheck))
+    @given(damages(DAMAGED[stage]), st.sampled_from([[], ["--overwrite"]]))
+    def check(harm, more):
+        folder = shutil.copytree(stopped[stage], tmp_path_factory.mktemp("damaged") / "copy")
+        name, how, place = harm
+        damage(folder / name, how, place)
+        before = files_of(folder)
+        status, errors = run_here(stages, stage, folder, *more)
+        if status == 0:
+            check_right(stages, stage, folder, name)
+        else:
+            assert status == 2, errors
+            assert folder.name in complaint(errors) or "data/" in complaint(errors) or "checkpoints/" in errors
+            assert files_of(folder) == before
+            refusals.append(harm)
+        shutil.rmtree(folder.parent)
+
+    check()
+    assert len(refusals) > KILLS, "damage that nobody minds is not damage"
+
+
+def check_right(stages: Stages, stage: str, folder: Path, name: str) -> None:
+    """The output of a run over damaged files: the same as without, where the damaged file's content is vouched for."""
+    if stage == "tokenize":  # a catalogue has no checksum: the tokens are those of what polars reads in it
+        found = pl.read_parquet(folder / INPUTS[stage][0])
+        with np.load(folder / OUTPUTS[stage][0], allow_pickle=False) as npz:
+            assert str(npz["fingerprint"]) == tokenize_items.fingerprint(found)
+            assert npz["attention_mask"].sum(1).min() > 0
+    elif stage == "embed":
+        wanted, made = (pl.read_parquet(place / OUTPUTS[stage][0]) for place in (stages.folder, folder))
+        assert made.equals(wanted), "other vectors, or other texts"
+    else:
+        columns = pl.selectors.starts_with("semantic_id")
+        wanted, made = (pl.read_parquet(place / OUTPUTS[stage][0]).select(columns) for place in (stages.folder, folder))
+        assert made.equals(wanted), "other IDs"
+
+
+@pytest.mark.parametrize("stage", ["embed", "train"])
+def test_a_hostile_file_runs_nothing(stages, stopped, stage, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/it_ran",)
+
+    for number, name in enumerate(DAMAGED[stage]):
+        for how in ("pickle", "npz", "pth"):
+            folder = shutil.copytree(stopped[stage], tmp_path / f"{number} {how}")
+            path = folder / name
+            if how == "npz":
+                np.savez(tmp_path / "hostile.npz", input_ids=np.array([Hostile()], dtype=object), n_items=1)
+                shutil.copy(tmp_path / "hostile.npz", path)
+            elif how == "pth":
+                torch.save({"model_state_dict": Hostile(), "config": {}}, path)
+            else:
+                path.write_bytes(pickle.dumps(Hostile()))
+            status, errors = run_here(stages, stage, folder)
+            assert status in (0, 2), errors
+            if status == 2:
+                complaint(errors)
+    assert not (tmp_path / "it_ran").exists()
+
+
+# ---------------------------------------------------------------- flags
+
+ODD = {
+    int: ["-1", "0", "1", "2", "3", "65", "1000", *(str(10**power) for power in (11, 12, 13, 19, 30)), "1.5"],
+    float: ["-1", "0", "1e-300", "0.5", "1", "2", "1e12", "1e13", "1e300", "nan", "inf", "-inf"],
+    bool: ["True", "False", "maybe", ""],
+    str: ["", "é", "a b", "no/such/folder", "日本", "*", "[a]", "-", "--", "None", "\t", "x" * 300],
+}  # fmt: skip
+ODD_ANYWHERE = ["", "abc", "1,5", "½", "None", "[]"]
+FREE = {"num_epochs", "device"}  # would run for ever, or depends on the machine
+
+
+def flag_sets(stage: str):
+    """A flag of the stage with a value that nobody needs, or another flag as well."""
+
+    @st.composite
+    def flag(draw) -> list[str]:
+        field = draw(st.sampled_from([field for field in fields(CONFIG[stage]) if field.name not in FREE]))
+        hint = get_type_hints(CONFIG[stage])[field.name]
+        kinds = [kind for kind in (hint, *get_args(hint)) if kind in ODD]
+        values = [value for kind in kinds for value in ODD[kind]] + ODD_ANYWHERE
+        count = draw(st.integers(0, 3)) if hint == list[int] else 1
+        return [f"--{field.name}", *(draw(st.sampled_from(values)) for _ in range(count))]
+
+    return st.lists(flag(), min_size=1, max_size=2).map(lambda flags: list(chain(*flags)))
+
+
+@pytest.mark.parametrize("stage", MAIN)
+def test_flags_are_taken_or_refused_in_one_line(stages, stopped, stage, tmp_path_factory):
+    source = stages.start(stage, tmp_path_factory.mktemp("flags") / "source")
+    seen = set()
+
+    @settings(max_examples=25 * KILLS, suppress_health_check=list(HealthCheck))
+    @given(flag_sets(stage))
+    @example(["--nonsense", "1"])
+    @example([])
+    def check(more):
+        folder = shutil.copytree(source, tmp_path_factory.mktemp("flags") / "copy")
+        if stage == "train":
+            more = ["--num_epochs", "4", *more]
+        before = files_of(folder)
+        status, errors = run_here(stages, stage, folder, *more)
+        seen.add(status)
+        if status == 2:
+            complaint(errors)
+            assert {name: content for name, content in files_of(folder).items() if "/." not in name} == before
+        elif status == 1:  # only a training whose numbers are none any more
+            assert re.search(r"(became|no validation loss).*train again with a lower --max_lr", complaint(errors))
+            assert (folder / OUTPUTS[stage][0]).read_bytes() == b"earlier"
+        shutil.rmtree(folder.parent)
+
+    check()
+    assert seen >= {0, 2}
+
+
+@pytest.mark.parametrize("stage", MAIN)
+@pytest.mark.parametrize("more", [["--nonsense", "1"], ["--num_rows", "0"], ["--data_dir", "nowhere"]])
+def test_what_is_wrong_is_told_before_slow_imports(stages, stage, more, tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / SCRIPT[stage]), *stages.argv(stage, *more)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, flags=re.M))
+    assert {"numpy", "transformers"} & imported
+    assert not {"torch", "wandb", "sklearn", "transformers.modeling_utils"} & imported
+
+
+# ---------------------------------------------------------------- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of some size, and changes it: `small_disk("size=1m")`, `small_disk("remount,ro")`."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        return folder
+
+    if shutil.which("mount") is None:
+        pytest.skip("no mount command here")
+    yield mount
+    subprocess.run(["umount", str(folder)], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("stage", MAIN)
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_a_full_disk_is_told_and_the_same_command_goes_on(stages, stage, share, small_disk):
+    disk = small_disk("size=64m")
+    folder = stages.start(stage, disk / "run")
+    used = shutil.disk_usage(disk).used
+    status, _ = run_here(stages, stage, folder)
+    assert status == 0
+    needed = shutil.disk_usage(disk).used - used
+    shutil.rmtree(folder)
+    stages.start(stage, folder)
+    small_disk(f"remount,size={used + max(4096, int(needed * share))}")
+    status, errors = run_here(stages, stage, folder)
+    assert status == 2, errors
+    assert "cannot be written" in complaint(errors)
+    assert (folder / OUTPUTS[stage][0]).read_bytes() == b"earlier"
+    small_disk("remount,size=64m")
+    process = run_as_a_user(stages, stage, folder)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert {name: (folder / name).read_bytes() for name in OUTPUTS[stage]} == stages.wanted(stage)
+
+
+@pytest.mark.parametrize("stage", MAIN)
+def test_a_read_only_folder_is_told_before_the_work(stages, stage, small_disk, monkeypatch):
+    disk = small_disk("size=64m")
+    folder = stages.start(stage, disk / "run")
+    small_disk("remount,ro")
+    monkeypatch.setattr(tokenize_items, "read_catalogue", None)  # would be a traceback
+    monkeypatch.setattr(embed_items, "read_tokens", None)
+    monkeypatch.setattr(train_rqvae, "plan_training", None)
+    status, errors = run_here(stages, stage, folder)
+    assert status == 2
+    assert "cannot be written" in complaint(errors)
