@@ -986,13 +986,11 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, capaci
         full = counts.argmax()
         members = np.flatnonzero(codes == full)  # (m)
         cost = distances(residuals[members], codebook)  # (m, K)
-        open_cost = np.where(counts < capacity, cost, np.inf)
-        target = open_cost.argmin(1)
-        loss = open_cost.min(1) - cost[:, full]
+        loss = cost[:, counts < capacity].min(1) - cost[:, full]
         for i in np.argsort(loss, kind="stable")[: counts[full] - capacity]:
-            if counts[target[i]] < capacity:  # else it was filled just now: the next round looks elsewhere
-                codes[members[i]] = target[i]
-                counts[[full, target[i]]] += [-1, 1]
+            target = np.where(counts < capacity, cost[i], np.inf).argmin()  # of those with room by now
+            codes[members[i]] = target
+            counts[[full, target]] += [-1, 1]
     return codes
 
 
