@@ -36,7 +36,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FORMAT_VERSION = 2
-FINGERPRINT_ROWS = 4096  # digested at once; part of the format
+FINGERPRINT_ROWS, DIGEST_ROWS = 4096, 1024  # of texts and of vectors digested at once; part of the formats
 LIST_FLAGS = "--help lists the flags"
 LARGEST = 10**12  # of any number on the command line
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # a CPU's caches hold few, a GPU is idle with few
@@ -614,9 +614,11 @@ def is_complete(path: Path, catalogue: pl.DataFrame, metadata: dict[str, str]) -
 
 
 def data_digest(embeddings: np.ndarray) -> str:
-    """SHA-256 of the shape and the numbers of embeddings (N, D): 64 hex digits, the same in train_rqvae.py."""
+    """SHA-256 of the shape of embeddings (N, D) and of the digests of their pieces: the same in train_rqvae.py."""
     digest = hashlib.sha256(str(embeddings.shape).encode())
-    digest.update(np.ascontiguousarray(embeddings, "<f4"))
+    for start in range(0, len(embeddings), DIGEST_ROWS):
+        piece = np.ascontiguousarray(embeddings[start : start + DIGEST_ROWS], "<f4")
+        digest.update(hashlib.sha256(piece).digest())
     return digest.hexdigest()
 
 

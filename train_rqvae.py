@@ -39,6 +39,7 @@ from transformers.hf_argparser import HfArg
 
 LIST_FLAGS = "--help lists the flags"
 LARGEST, MOST_LEVELS = 10**12, 64  # of any number on the command line
+DIGEST_ROWS = 1024  # of embeddings digested at once; part of the format
 READERS = 4  # pieces of a parquet file read at once
 LEAST_ROWS_READ = 1024  # in such a piece; each costs some milliseconds
 ROWS_PER_CPU_PASS = 2048  # rows of a training batch at once: what they become stays in the CPU's caches
@@ -265,10 +266,12 @@ except ImportError:  # Windows, where nothing keeps two runs apart
 # ---------------------------------------------------------------- data
 
 
-def data_digest(embeddings: Tensor) -> str:
-    """SHA-256 of the shape and the numbers of embeddings (N, D): 64 hex digits, the same in embed_items.py."""
-    digest = hashlib.sha256(str(tuple(embeddings.shape)).encode())
-    digest.update(embeddings.contiguous().numpy())
+def data_digest(embeddings: np.ndarray) -> str:
+    """SHA-256 of the shape of embeddings (N, D) and of the digests of their pieces: the same in embed_items.py."""
+    digest = hashlib.sha256(str(embeddings.shape).encode())
+    for start in range(0, len(embeddings), DIGEST_ROWS):
+        piece = np.ascontiguousarray(embeddings[start : start + DIGEST_ROWS], "<f4")
+        digest.update(hashlib.sha256(piece).digest())
     return digest.hexdigest()
 
 
@@ -1705,7 +1708,7 @@ def upload_best(run, path: Path, config: RQVAEConfig) -> None:
 
 def read_digest(dataset: EmbeddingDataset, source: Path) -> str:
     """The data_digest of the embeddings; ends the run where it is not the one that their file tells."""
-    digest = data_digest(dataset.embeddings)
+    digest = data_digest(dataset.embeddings.numpy())
     if dataset.digest not in (None, digest):
         fail(source, "damaged: its embeddings are not those that were written", "run embed_items.py again")
     return digest

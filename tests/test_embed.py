@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, Lfm2Config, Lfm2Model, OPTCon
 
 import embed_items
 import tokenize_items
+import train_rqvae
 from embed_items import main
 
 INSTRUCTION = "Represent this product so that similar products have similar representations"
@@ -353,6 +354,15 @@ def test_both_scripts_take_the_same_fingerprint(catalogue):
 
 
 # ---------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("n", [1, 1023, 1024, 3000])
+def test_both_scripts_take_the_same_digest_of_vectors(n):
+    vectors = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
+    digest = embed_items.data_digest(vectors)
+    assert digest == train_rqvae.data_digest(vectors)
+    vectors[n // 2, 1] = np.nextafter(vectors[n // 2, 1], 9)
+    assert digest != embed_items.data_digest(vectors)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))

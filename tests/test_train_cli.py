@@ -1472,7 +1472,7 @@ def test_weights_that_are_no_numbers_are_not_saved(folder, monkeypatch):
 def test_embeddings_that_are_not_those_written_are_refused(copy, refused):
     """A flipped bit where the file's own structure stays sound."""
     path, table = source(copy), pl.read_parquet(source(copy))
-    metadata = {"vectors": train_rqvae.data_digest(embeddings_of(copy))}
+    metadata = {"vectors": train_rqvae.data_digest(embeddings_of(copy).numpy())}
     table.write_parquet(path, compression="uncompressed", metadata=metadata)
     assert run(copy, "--overwrite") == 0
     content, number = path.read_bytes(), table["embedding"][7].to_numpy()[:2].tobytes()
