@@ -173,6 +173,8 @@ class RQVAEConfig:
         if self.codebook_quantization_levels > MOST_LEVELS:
             levels = self.codebook_quantization_levels
             raise ValueError(f"--codebook_quantization_levels {levels}: must be at most {MOST_LEVELS}")
+        if 0 < self.input_mixing < 1e-3:
+            raise ValueError(f"--input_mixing {self.input_mixing}: must be 0 or at least 0.001")
         if self.seed + self.codebook_quantization_levels > 2**32:
             raise ValueError(f"--seed {self.seed}: must be below 2**32 less the levels")
         if self.max_steps != -1 and not 1 <= self.max_steps <= LARGEST:

@@ -366,6 +366,7 @@ def test_flags_are_taken_or_refused_in_one_line(stages, stopped, stage, tmp_path
     @given(flag_sets(stage))
     @example(["--nonsense", "1"])
     @example([])
+    @example(["--input_mixing", "1e-300"])
     def check(more):
         folder = shutil.copytree(source, tmp_path_factory.mktemp("flags") / "copy")
         if stage == "train":
