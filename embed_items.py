@@ -7,6 +7,7 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
     python embed_items.py --category Video_Games --num_rows 256 --device cpu # a first look on a laptop
     python embed_items.py --category Video_Games --model_name /models/qwen3  # a local copy of the npz's model
     python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
+    torchrun --nproc_per_node=8 embed_items.py --category Video_Games        # eight GPUs
 
 Stopped at any instant, the same command goes on from the vectors finished so far, which wait in
 data/output/.{category}_items_with_embeddings.parquet.partial until the output is complete.
@@ -17,6 +18,7 @@ Shapes: N items, B items in a batch, T tokens in each of it, H the model's size,
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -24,12 +26,14 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -44,7 +48,10 @@ ITEMS_CHECKED = 8  # embedded alone and together before the long work
 GOOD_AGREEMENT = 0.999
 SHORTEST_PREFIX = 8  # tokens; below, sharing them saves less than it costs
 ROWS_PER_GROUP = 8192  # of the parquet file, for train_rqvae.py to read several at once
+ROWS_READ, SLICE_ROWS = 2**12, 2**16  # of tokens or vectors, and of the catalogue (whole groups), in memory at once
 BATCHES_IN_FLIGHT = 16  # queued on a GPU before the host waits for their vectors
+
+IS_FIRST = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes it starts
 
 # ---------------------------------------------------------------- configuration
 
@@ -91,6 +98,10 @@ class EmbedConfig:
         return Path(self.data_dir, f"{self.category}_items_updated.parquet")
 
     @property
+    def partial(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.partial")
+
+    @property
     def target(self) -> Path:
         return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
 
@@ -103,7 +114,8 @@ def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    print("warning:", message, file=sys.stderr)
+    if IS_FIRST:
+        print("warning:", message, file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
@@ -135,12 +147,15 @@ def check_files(config: EmbedConfig) -> None:
 
 if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    check_files(parse_config(None))
+    if IS_FIRST:
+        check_files(parse_config(None))
 
 import numpy as np
 import polars as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from polars.io.plugins import register_io_source
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -151,94 +166,206 @@ try:
 except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None
 
-RECORD = np.dtype([("row", "<i8"), ("crc", "<u4")])  # of a finished vector: its item, and its CRC-32
+# ---------------------------------------------------------------- processes
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agree(value: Any) -> Any:
+    """The first process's value, once all have come here."""
+    if not dist.is_initialized():
+        return value
+    try:
+        box = [value]
+        dist.broadcast_object_list(box)
+        dist.barrier()
+        return box[0]
+    except RuntimeError:  # another process has ended, and told why
+        os._exit(1)
+
+
+@contextmanager
+def in_step() -> Iterator[None]:
+    """Lets the processes that torchrun started find one another; all but the first are silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the vectors take other ways: one may wait for long
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
+    yield
+    dist.destroy_process_group()
+
 
 # ---------------------------------------------------------------- input
+
+
+class StoredRows(NamedTuple):
+    """An array (N, W) inside an uncompressed npz, of which rows are read as they are needed."""
+
+    path: Path
+    offset: int  # bytes before its first row
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def read(self, rows: np.ndarray) -> np.ndarray:  # (B) -> (B, W)
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        with open(self.path, "rb") as file:
+            for place, row in zip(found, rows.tolist(), strict=True):
+                file.seek(self.offset + row * place.nbytes)
+                file.readinto(place)
+        return found
+
+
+def stored_rows(path: Path, archive: zipfile.ZipFile, name: str) -> StoredRows:
+    """Where the npz holds an array; ValueError where it cannot be read in place."""
+    info = archive.getinfo(f"{name}.npy")
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    if info.compress_type != zipfile.ZIP_STORED or version != (1, 0) or is_fortran or dtype.hasobject:
+        raise ValueError(f"{name} is compressed, or not laid out row by row")
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)  # where a zip member tells the lengths of its name and of its extra field
+        before = 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    return StoredRows(path, info.header_offset + before + header, shape, dtype)
 
 
 class Tokens(NamedTuple):
     """What tokenize_items.py wrote, without its padding."""
 
-    ids: np.ndarray  # (sum of lengths,) int32, item after item
-    starts: np.ndarray  # (N + 1,) where each item begins in it, and the end
+    input_ids: StoredRows
+    attention_mask: StoredRows
+    lengths: np.ndarray  # (N) int32
+    first: np.ndarray  # (N) the first row with the same tokens
+    common: np.ndarray  # (P) int32, the first tokens that all items share, without the last one of any
+    low: int  # the smallest token
+    top: int
+    digest: str  # SHA-256 over the tokens of all items
     model_name: str
     instruction: str
     fingerprint: str  # of the whole catalogue
     max_length: int
 
-    @property
-    def lengths(self) -> np.ndarray:  # (N,)
-        return np.diff(self.starts)
-
-    def of(self, row: int) -> np.ndarray:  # (length,)
-        return self.ids[self.starts[row] : self.starts[row + 1]]
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of rows (B), one item after the other, and where each begins, and the end: (sum), (B + 1)."""
+        ids, mask = self.input_ids.read(rows), self.attention_mask.read(rows)
+        return ids[mask.view(bool)], np.append(0, self.lengths[rows].cumsum(dtype=np.int64))
 
     def head(self, n: int) -> "Tokens":
-        return self._replace(ids=self.ids[: self.starts[n]], starts=self.starts[: n + 1])
+        return self._replace(lengths=self.lengths[:n], first=self.first[:n])
+
+
+def common_start(common: np.ndarray | None, ids: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The first tokens of `common` (P), if any, that more items begin with too, without the last one of any: (p)."""
+    common = ids[: starts[1]] if common is None else common
+    common = common[: min(len(common), int(np.diff(starts).min()) - 1)]
+    for i, token in enumerate(common):
+        if (ids[starts[:-1] + i] != token).any():
+            return common[:i]
+    return common
 
 
 def read_tokens(path: Path) -> Tokens:
-    """Reads the npz, and ends the run where it is missing, damaged or not of this format."""
+    """Surveys the npz, piece by piece; ends the run where it is damaged or not of this format."""
     again = "run tokenize_items.py again"
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as npz:
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
             if "format_version" not in npz or int(npz["format_version"]) != FORMAT_VERSION:
                 fail(path, f"not of format {FORMAT_VERSION}", again)
-            ids, mask = npz["input_ids"], npz["attention_mask"]  # (N, W) both
+            ids, mask = (stored_rows(path, archive, name) for name in ("input_ids", "attention_mask"))
             texts = {name: str(npz[name]) for name in ("model_name", "instruction", "fingerprint")}
-            max_length, n_items = int(npz["max_length"]), int(npz["n_items"])
+            max_length, n = int(npz["max_length"]), int(npz["n_items"])
     except Exception as error:  # numpy, zipfile and the parser of numpy's header each raise their own
         fail(path, f"damaged, or not an npz of tokenize_items.py ({first_line(error)})", again)
-    sound = ids.ndim == 2 and ids.shape == mask.shape and len(ids) == n_items
-    if not sound or ids.dtype != np.int32 or mask.dtype not in (bool, np.uint8) or mask.max(initial=0) > 1:
-        shapes = f"input_ids {ids.dtype} {ids.shape}, attention_mask {mask.dtype} {mask.shape}, n_items {n_items}"
+    sound = len(ids.shape) == 2 and ids.shape == mask.shape and ids.shape[0] == n
+    if not sound or ids.dtype != np.int32 or mask.dtype not in (bool, np.uint8):
+        shapes = f"input_ids {ids.dtype} {ids.shape}, attention_mask {mask.dtype} {mask.shape}, n_items {n}"
         fail(path, f"its parts do not fit together: {shapes}", again)
-    if n_items == 0:
+    if n == 0:
         fail(path, "no rows", again)
-    lengths = mask.sum(axis=1, dtype=np.int64)  # (N,)
+    pieces = np.split(np.arange(n), range(ROWS_READ, n, ROWS_READ))
+    lengths = np.empty(n, dtype=np.int32)
+    for rows in pieces:
+        real = mask.read(rows)
+        if real.max(initial=0) > 1:
+            fail(path, f"its parts do not fit together: attention_mask holds {real.max()}", again)
+        lengths[rows] = real.sum(axis=1)
     if count := (lengths == 0).sum():
         fail(path, f"{count} items have no token, the first in row {lengths.argmin()}", again)
-    return Tokens(ids[mask.view(bool)], np.append(0, lengths.cumsum()), max_length=max_length, **texts)
+    tokens = Tokens(ids, mask, lengths, lengths, lengths, 0, 0, "", max_length=max_length, **texts)
+    common, bounds, digest, keys = None, [], hashlib.sha256(), []
+    for rows in pieces:
+        flat, starts = tokens.of(rows)
+        common = common_start(common, flat, starts)
+        bounds += [int(flat.min()), int(flat.max())]
+        some = [hashlib.blake2b(flat[starts[i] : starts[i + 1]], digest_size=16).digest() for i in range(len(rows))]
+        digest.update(b"".join(some))
+        keys.append(pl.Series("key", some, dtype=pl.Binary))
+    first = pl.concat(keys).to_frame().with_row_index("row").select(pl.col("row").first().over("key"))
+    first = first.to_series().to_numpy()
+    return tokens._replace(first=first, common=common, low=min(bounds), top=max(bounds), digest=digest.hexdigest())
 
 
-def fingerprint(catalogue: pl.DataFrame) -> str:
+def slices(path: Path, columns: list[str] | None = None, n: int | None = None) -> Iterator[pl.DataFrame]:
+    """Those columns, or all, of the first n rows of a parquet file, or of all, some rows at a time."""
+    frame = pl.scan_parquet(path, glob=False)
+    frame = frame if columns is None else frame.select(columns)
+    n = frame.select(pl.len()).collect().item() if n is None else n
+    for start in range(0, n, SLICE_ROWS):
+        yield frame.slice(start, min(SLICE_ROWS, n - start)).collect()
+
+
+def fingerprint(catalogue: Iterable[pl.DataFrame]) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, as in tokenize_items.py."""
     digest = hashlib.sha256()
-    for rows in catalogue.select("parent_asin", "item_context").iter_slices(FINGERPRINT_ROWS):
-        for text in rows:
-            digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
-            digest.update(text.str.join().item().encode())
+    for piece in catalogue:
+        for rows in piece.select("parent_asin", "item_context").iter_slices(FINGERPRINT_ROWS):
+            for text in rows:
+                digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
+                digest.update(text.str.join().item().encode())
     return digest.hexdigest()
 
 
-def read_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> pl.DataFrame:
-    """Reads every column, and ends the run where this is not the catalogue that was tokenized."""
+def check_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> int:
+    """The number of rows; ends the run where this is not the catalogue that was tokenized."""
     try:
-        catalogue = pl.read_parquet(path, glob=False)
+        schema = pl.scan_parquet(path, glob=False).collect_schema()
+        if "embedding" in schema:
+            fail(path, "already has a column embedding", "drop or rename it, so that nothing is overwritten")
+        height = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+        names = ["parent_asin", "item_context"]
+        same = all(schema.get(name) == pl.String for name in names) and len(tokens.lengths) <= height
+        same = same and fingerprint(slices(path, names)) == tokens.fingerprint
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
-    if "embedding" in catalogue.columns:
-        fail(path, "already has a column embedding", "drop or rename it, so that nothing is overwritten")
-    texts = {column.name for column in catalogue if column.dtype == pl.String}
-    same = {"parent_asin", "item_context"} <= texts and fingerprint(catalogue) == tokens.fingerprint
-    if not same or len(tokens.lengths) > catalogue.height:
+    if not same:
         trouble = f"made from another catalogue, or another order of it, than {path} is now"
         fail(tokens_path, trouble, "run tokenize_items.py again")
-    return catalogue
+    return height
 
 
 # ---------------------------------------------------------------- model
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device and, in words, why."""
+    """The device, of several GPUs the one of this process, and, in words, why."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    why = "the best one here" if name == "auto" else "asked for"
     if name == "auto":
-        best = next(kind for kind, is_there in there.items() if is_there)
-        return torch.device(best), "the best one here"
+        name = next(kind for kind, is_there in there.items() if is_there)
     if not there[name]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(name), "asked for"
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name), why
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -258,9 +385,9 @@ def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Serie
         known = model.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):
         fail(f"--model_name {name}", "a model that reads no tokens", "choose a text encoder")
-    low, top = int(tokens.ids.min()), int(tokens.ids.max())
-    if low < 0 or top >= known:
-        fail(tokens_path, f"holds token {low if low < 0 else top}, but {name} knows 0 to {known - 1}", again)
+    if tokens.low < 0 or tokens.top >= known:
+        odd = tokens.low if tokens.low < 0 else tokens.top
+        fail(tokens_path, f"holds token {odd}, but {name} knows 0 to {known - 1}", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet, which knows no limit, says -1
         fail(
@@ -279,16 +406,9 @@ def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Serie
     for row, text in enumerate(texts):
         prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
         expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
-        if expected != tokens.of(row).tolist():
+        if expected != tokens.of(np.array([row]))[0].tolist():
             trouble = f"made for {tokens.model_name}, and {name} cuts the same text into other tokens"
             fail(tokens_path, trouble, again)
-
-
-def tokens_digest(tokens: Tokens) -> str:
-    """SHA-256 over where the items begin and their tokens: 64 hex digits."""
-    digest = hashlib.sha256(tokens.starts.astype("<i8").tobytes())
-    digest.update(np.ascontiguousarray(tokens.ids, "<i4"))
-    return digest.hexdigest()
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -331,29 +451,15 @@ def batches_by_length(lengths: np.ndarray, tokens_per_batch: int) -> list[np.nda
 
 def lay_out(tokens: Tokens, rows: np.ndarray, skip: int) -> tuple[Tensor, Tensor]:
     """What rows (B) hold after their first `skip` tokens, padded on the right: input_ids and mask (B, T) int64."""
-    start, end = tokens.starts[rows] + skip, tokens.starts[rows + 1]  # (B,)
+    ids, starts = tokens.of(rows)
+    start, end = starts[:-1] + skip, starts[1:]  # (B,)
     place = start[:, None] + np.arange((end - start).max())  # (B, T)
     mask = place < end[:, None]
-    input_ids = np.where(mask, tokens.ids[np.minimum(place, len(tokens.ids) - 1)], 0)
+    input_ids = np.where(mask, ids[np.minimum(place, len(ids) - 1)], 0)
     return torch.from_numpy(input_ids.astype(np.int64)), torch.from_numpy(mask.astype(np.int64))
 
 
-def first_rows(texts: pl.Series) -> np.ndarray:
-    """For each of N texts the first row with the same one: (N,)."""
-    rows = texts.to_frame("text").with_row_index("row")
-    return rows.select(pl.col("row").first().over("text")).to_series().to_numpy()
-
-
-def common_start(tokens: Tokens) -> np.ndarray:
-    """The first tokens that all items share, the instruction's, without the last one of any: (P) int32."""
-    first, shortest = tokens.of(0), int(tokens.lengths.min())
-    for i in range(shortest - 1):
-        if (tokens.ids[tokens.starts[:-1] + i] != first[i]).any():
-            return first[:i]
-    return first[: shortest - 1]
-
-
-# ---------------------------------------------------------------- output
+# ---------------------------------------------------------------- files
 
 
 @contextmanager
@@ -418,61 +524,72 @@ class FinishedVectors:
     """The vectors that are finished, kept in a folder until the output is complete.
 
     settings.json  what they depend on, written first
-    vectors        (N, D) float32; a row that is not finished is empty, or missing at the end
-    finished       a RECORD for each finished row, appended after its vector; where the two do not agree, as after a
-                   power cut, the row counts as not finished
+    vectors-R      of the process of rank R: a record of row, checksum and vector for each, in the order they came
     """
 
-    def __init__(self, folder: Path, dim: int, settings: dict[str, str]):
-        """Opens the folder or makes it; ends the run where its vectors were made with other settings."""
-        self.folder, self.dim = folder, dim
-        self.vectors, self.finished = folder / "vectors", folder / "finished"
-        path = folder / "settings.json"
-        with writing(folder):
-            folder.mkdir(exist_ok=True)
-            if path.exists():
-                self._compare(path, settings)
-            else:
-                with replacing(path) as temporary:
-                    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            self.vectors.touch()
-            self.finished.touch()
-            size = self.finished.stat().st_size
-            os.truncate(self.finished, size - size % RECORD.itemsize)  # without what a stop left of a last record
+    def __init__(self, folder: Path, dim: int):
+        self.folder, self.settings = folder, folder / "settings.json"
+        self.record = np.dtype([("row", "<i8"), ("crc", "<u4"), ("vector", "<f4", (dim,))])
+        self.own = folder / f"vectors-{rank()}"
 
-    def _compare(self, path: Path, settings: dict[str, str]) -> None:
+    def open(self, settings: dict[str, str]) -> None:
+        """Makes the folder where there is none; ends the run where its vectors were made with other settings."""
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            if not self.settings.exists():
+                with replacing(self.settings) as temporary:
+                    temporary.write_text(json.dumps(settings, indent=1) + "\n")
         try:
-            kept = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            fail(path, f"damaged ({first_line(error)})", f"delete the folder {self.folder} to start over")
+            kept = dict(json.loads(self.settings.read_text()))
+        except (ValueError, TypeError, OSError) as error:
+            trouble = f"damaged ({first_line(error)})"
+            fail(self.settings, trouble, f"delete the folder {self.folder} to start over")
         if other := [name for name in settings | kept if settings.get(name) != kept.get(name)]:
             trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
 
+    def start(self) -> None:
+        """Cuts off what a stop left of a last record of this process."""
+        with writing(self.own):
+            self.own.touch()
+            size = self.own.stat().st_size
+            os.truncate(self.own, size - size % self.record.itemsize)
+
     def keep(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Adds the vectors (B, D) of rows (B)."""
-        vectors = vectors.astype("<f4")
-        records = np.empty(len(rows), RECORD)
-        records["row"], records["crc"] = rows, [zlib.crc32(vector) for vector in vectors]
-        with writing(self.folder):
-            with open(self.vectors, "rb+") as file:
-                for row, vector in zip(rows.tolist(), vectors, strict=True):
-                    file.seek(row * vector.nbytes)
-                    file.write(vector)
-            with open(self.finished, "ab") as file:
-                file.write(records)
+        records = np.empty(len(rows), self.record)
+        records["row"], records["vector"] = rows, vectors
+        records["crc"] = [zlib.crc32(vector) for vector in records["vector"]]
+        with writing(self.own), open(self.own, "ab") as file:
+            file.write(records)
 
-    def read(self, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of the first n rows, NaN where not finished, and which are: (n, D) float32, (n)."""
-        embeddings, is_done = np.full((n, self.dim), np.nan, dtype=np.float32), np.zeros(n, dtype=bool)
-        records = np.fromfile(self.finished, RECORD)
-        with open(self.vectors, "rb") as file:
-            for row, crc in records[(records["row"] >= 0) & (records["row"] < n)].tolist():
-                file.seek(row * self.dim * 4)
-                vector = file.read(self.dim * 4)
-                if zlib.crc32(vector) == crc and len(vector) == self.dim * 4:
-                    embeddings[row], is_done[row] = np.frombuffer(vector, "<f4"), True
-        return embeddings, is_done
+    def places(self, n: int) -> tuple[list[Path], np.ndarray, np.ndarray]:
+        """Where the vectors of the first n rows are: the files, which of them (n), -1 for none, and which record (n).
+
+        A record that disagrees with its checksum, as after a power cut, does not count.
+        """
+        files = sorted(self.folder.glob("vectors-*"))
+        which, position = np.full(n, -1, dtype=np.int32), np.zeros(n, dtype=np.int64)
+        for number, path in enumerate(files):
+            for start in itertools.count(step=ROWS_READ):
+                records = np.fromfile(path, self.record, ROWS_READ, offset=start * self.record.itemsize)
+                if len(records) == 0:
+                    break
+                sound = np.array([zlib.crc32(vector) for vector in records["vector"]]) == records["crc"]
+                sound &= (records["row"] >= 0) & (records["row"] < n)
+                which[records["row"][sound]] = number
+                position[records["row"][sound]] = start + np.flatnonzero(sound)
+        return files, which, position
+
+    def read(self, files: list[Path], which: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """The vectors at some of those places: which (B), position (B) -> (B, D)."""
+        vectors = np.empty((len(which), *self.record["vector"].shape), dtype=np.float32)
+        for number in np.unique(which):
+            with open(files[number], "rb") as file:
+                for i in np.flatnonzero(which == number):
+                    file.seek(position[i] * self.record.itemsize + self.record.fields["vector"][1])
+                    file.readinto(vectors[i])
+        return vectors
 
     def delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -539,121 +656,148 @@ def alone_and_together(model: PreTrainedModel, tokens: Tokens, config: EmbedConf
     return F.cosine_similarity(alone, together).min().item()
 
 
+def shares_its_start(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> bool:
+    """Whether what all items start with can be read once; tells that, and how far the vectors can be trusted."""
+    prefix = None
+    if config.pooling == "last" and len(tokens.common) >= SHORTEST_PREFIX:
+        prefix = read_prefix(model, tokens.common)
+    agreement = alone_and_together(model, tokens, config, prefix)
+    if prefix and agreement < GOOD_AGREEMENT:
+        prefix, agreement = None, alone_and_together(model, tokens, config, None)
+    if prefix:
+        print(f"the {len(tokens.common)} tokens that all items start with are read once")
+    print(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
+    if agreement < GOOD_AGREEMENT:
+        warn(f"below {GOOD_AGREEMENT}: padding changes the vectors; try --dtype float32 or another --pooling")
+    return prefix is not None
+
+
 def embed_all(
     model: PreTrainedModel,
     tokens: Tokens,
-    first: np.ndarray,
     config: EmbedConfig,
     prefix: Cache | None,
     finished: FinishedVectors,
-) -> np.ndarray:
-    """Every item's vector in catalogue order, (N, D) float32; first (N) is the first row of the same text.
+    is_done: np.ndarray,
+) -> None:
+    """Finishes the vector of every first row of the same tokens that is not done yet: is_done (N).
 
-    The target_dim of `config` is at most the size of the model's vectors here. Batches that an earlier run finished are
-    not embedded again; the others are those that it would have formed, so that its vectors come out bit for bit.
+    The target_dim of `config` is at most the size of the model's vectors here. Batches are those of all items, whatever
+    is done and whoever does the rest, so that vectors come out bit for bit; each process takes every R-th of them.
     """
-    embeddings, is_done = finished.read(len(first))
-    is_first = first == np.arange(len(first))
-    distinct = np.flatnonzero(is_first)
+    distinct = np.flatnonzero(tokens.first == np.arange(len(tokens.first)))
     batches = [distinct[batch] for batch in batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)]
     batches = [batch for batch in batches if not is_done[batch].all()]
     left = sum(map(len, batches))
     if left < len(distinct):
         print(f"{len(distinct) - left:,} items were finished by an earlier run, {left:,} are left")
+    batches = batches[rank() :: processes()]  # of nearly as many tokens each, so that none waits long for the others
     at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
+    finished.start()
     done, start = 0, time.perf_counter()
     # counted in tokens, because the longest items come first and items alone would make the time left too long
     total = sum(int(tokens.lengths[batch].sum()) for batch in batches)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="embed") as progress:
+    name = "embed" if processes() == 1 else f"embed (1 of {processes()} processes)"
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=name, disable=rank() > 0) as progress:
         for i in range(0, len(batches), at_once):
             vectors = [embed(model, tokens, batch, config, prefix) for batch in batches[i : i + at_once]]
             rows = np.concatenate(batches[i : i + at_once])
-            embeddings[rows] = torch.cat(vectors).cpu().numpy()
-            finished.keep(rows, embeddings[rows])
+            finished.keep(rows, torch.cat(vectors).cpu().numpy())
             done += len(rows)
             progress.set_postfix_str(f"{done / (time.perf_counter() - start):,.1f} items/s", refresh=False)
             progress.update(int(tokens.lengths[rows].sum()))
-    if done:
-        print(f"{done / (time.perf_counter() - start):,.0f} items a second")
-    embeddings[~is_first] = embeddings[first[~is_first]]
-    return embeddings
+    agree(None)  # all have finished
+    if left:
+        print(f"{left / (time.perf_counter() - start):,.0f} items a second")
 
 
-def embed_catalogue(
-    model: PreTrainedModel, tokens: Tokens, texts: pl.Series, config: EmbedConfig, finished: FinishedVectors
-) -> np.ndarray:
-    """The vectors (N, D) of all items; tells how far they can be trusted, and how fast they were made."""
-    first = first_rows(texts)
-    if repeated := int((first != np.arange(len(first))).sum()):
-        print(f"{repeated:,} items repeat the text of another: each text is embedded once")
-    prefix, common = None, common_start(tokens)
-    if config.pooling == "last" and len(common) >= SHORTEST_PREFIX:
-        prefix = read_prefix(model, common)
-    agreement = alone_and_together(model, tokens, config, prefix)
-    if prefix and agreement < GOOD_AGREEMENT:
-        prefix, agreement = None, alone_and_together(model, tokens, config, None)
-    if prefix:
-        print(f"the {len(common)} tokens that all items start with are read once")
-    print(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
-    if agreement < GOOD_AGREEMENT:
-        warn(f"below {GOOD_AGREEMENT}: padding changes the vectors; try --dtype float32 or another --pooling")
-    return embed_all(model, tokens, first, config, prefix, finished)
+# ---------------------------------------------------------------- output
+
+
+class Job(NamedTuple):
+    """What the first process finds out for all."""
+
+    config: EmbedConfig  # with sizes that follow from the model and the device
+    tokens: Tokens  # of the first num_rows items
+    dtype: str
+    metadata: dict[str, str]  # of the output
+    is_complete: bool
+    shares_start: bool  # whether the tokens that all items start with are read once
+    is_done: np.ndarray  # (N) whose vectors an earlier run has finished
+
+
+def is_complete(path: Path, catalogue_path: Path, metadata: dict[str, str]) -> bool:
+    """Whether the output is there already, of this catalogue and made in the same way."""
+    try:
+        found, n = pl.read_parquet_metadata(path), int(metadata["n_items"])
+        same = all(found.get(name) == value for name, value in metadata.items())
+        columns = list(pl.scan_parquet(catalogue_path, glob=False).collect_schema())
+        pairs = zip(slices(path, columns), slices(catalogue_path, n=n), strict=True)
+        return same and all(one.equals(other) for one, other in pairs)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError):  # none, or damaged
+        return False
+
+
+def write(job: Job, finished: FinishedVectors) -> None:
+    """Puts the output together, some rows at a time; ends the run where a vector is not of length 1."""
+    config, first, n = job.config, job.tokens.first, len(job.tokens.first)
+    files, which, position = finished.places(n)
+    digest = hashlib.sha256(str((n, config.target_dim)).encode())  # as data_digest of train_rqvae.py
+    broken, broken_name = 0, None
+
+    def pieces(*_) -> Iterator[pl.DataFrame]:
+        nonlocal broken, broken_name
+        for start, catalogue in zip(itertools.count(step=SLICE_ROWS), slices(config.catalogue_path, n=n)):
+            for piece in catalogue.iter_slices(ROWS_PER_GROUP):
+                rows = first[start : start + piece.height]
+                start += piece.height
+                if (which[rows] < 0).any():
+                    fail(finished.folder, "some of its vectors were damaged just now", "run the same command again")
+                vectors = finished.read(files, which[rows], position[rows])  # (B, D)
+                for part in np.split(vectors, range(DIGEST_ROWS, len(vectors), DIGEST_ROWS)):
+                    digest.update(hashlib.sha256(part.astype("<f4")).digest())
+                odd = ~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3)
+                if odd.any() and not broken:
+                    broken_name = piece["parent_asin"][int(odd.argmax())]
+                broken += int(odd.sum())
+                yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
+
+    schema = pl.scan_parquet(config.catalogue_path, glob=False).collect_schema() | {"embedding": pl.List(pl.Float32)}
+    with replacing(config.target) as temporary:
+        register_io_source(pieces, schema=schema).sink_parquet(
+            temporary,
+            compression="uncompressed",  # zstd would make the vectors 7% smaller in twice the time
+            row_group_size=ROWS_PER_GROUP,
+            metadata=lambda _: job.metadata | {"vectors": digest.hexdigest()},  # asked for when all is written
+        )
+        if broken:
+            finished.delete()
+            trouble = f"{broken} items became NaN, infinite or zero with {job.metadata['model_name']} in"
+            trouble = f"{trouble} {job.metadata['dtype']}, the first is {broken_name!r}"
+            fail(config.tokens_path, trouble, "use --dtype float32")
+    print(f"wrote {config.target}: {n:,} x {config.target_dim}, {config.target.stat().st_size / 1e6:.1f} MB")
 
 
 # ---------------------------------------------------------------- main
 
 
-def is_complete(path: Path, catalogue: pl.DataFrame, metadata: dict[str, str]) -> bool:
-    """Whether the output is there already, of this catalogue (N rows) and made in the same way."""
-    try:
-        found = pl.read_parquet_metadata(path)
-        same = all(found.get(name) == value for name, value in metadata.items())
-        return same and pl.read_parquet(path, columns=catalogue.columns, glob=False).equals(catalogue)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):  # none, or another's, or damaged
-        return False
-
-
-def data_digest(embeddings: np.ndarray) -> str:
-    """SHA-256 of the shape of embeddings (N, D) and of the digests of their pieces: the same in train_rqvae.py."""
-    digest = hashlib.sha256(str(embeddings.shape).encode())
-    for start in range(0, len(embeddings), DIGEST_ROWS):
-        piece = np.ascontiguousarray(embeddings[start : start + DIGEST_ROWS], "<f4")
-        digest.update(hashlib.sha256(piece).digest())
-    return digest.hexdigest()
-
-
-def write(path: Path, catalogue: pl.DataFrame, embeddings: np.ndarray, metadata: dict[str, str]) -> None:
-    vectors = pl.Series("embedding", embeddings).cast(pl.List(pl.Float32))
-    metadata = metadata | {
-        "rows_per_group": str(ROWS_PER_GROUP),
-        "vectors": data_digest(embeddings),
-    }
-    with replacing(path) as temporary:
-        table = catalogue.with_columns(vectors)
-        # zstd would make the vectors 7% smaller in twice the time
-        table.write_parquet(temporary, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
-    print(f"wrote {path}: {len(embeddings):,} x {embeddings.shape[1]}, {path.stat().st_size / 1e6:.1f} MB")
-
-
-def run(config: EmbedConfig) -> None:
-    """All the work, in a folder where no other run does the same."""
-    device, why = choose_device(config.device)
+def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job, PreTrainedModel]:
+    """Checks everything that is the same for all processes, and loads the model."""
     tokens = read_tokens(config.tokens_path)
-    catalogue = read_catalogue(config.catalogue_path, tokens, config.tokens_path)
-    made_from = tokens_digest(tokens)
+    height = check_catalogue(config.catalogue_path, tokens, config.tokens_path)
     n = min(config.num_rows or len(tokens.lengths), len(tokens.lengths))
     tokens = tokens.head(n)
-    print(f"{n:,} of {catalogue.height:,} items of {config.catalogue_path}")
-    catalogue = catalogue.head(n)
+    print(f"{n:,} of {height:,} items of {config.catalogue_path}")
 
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    model_name = config.model_name or tokens.model_name
-    model = load_model(model_name, getattr(torch, dtype), device)
-    check_fit(model, model_name, tokens, catalogue["item_context"].head(ITEMS_CHECKED), config.tokens_path)
-    size = vector_size(model, model_name, tokens, config)
-    print(f"{model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
+    config.model_name = config.model_name or tokens.model_name
+    model = load_model(config.model_name, getattr(torch, dtype), device)
+    texts = next(slices(config.catalogue_path, ["item_context"], min(n, ITEMS_CHECKED)))
+    check_fit(model, config.model_name, tokens, texts.to_series(), config.tokens_path)
+    size = vector_size(model, config.model_name, tokens, config)
+    print(f"{config.model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     print(
         f"device {device} ({why}), dtype {dtype}, pooling {config.pooling}, batches of {config.tokens_per_batch} tokens"
@@ -664,42 +808,58 @@ def run(config: EmbedConfig) -> None:
 
     settings = {
         "format_version": str(FORMAT_VERSION),
-        "model_name": model_name,
+        "model_name": config.model_name,
         "weights": weights_digest(model),
         "instruction": tokens.instruction,
         "pooling": config.pooling,
         "dtype": dtype,
         "target_dim": str(config.target_dim),
-        "tokens": made_from,
+        "tokens": tokens.digest,
         "fingerprint": tokens.fingerprint,
     }
-    metadata = settings | {"n_items": str(n)}
-    partial = config.target.with_name(f".{config.target.name}.partial")
-    if not config.overwrite and is_complete(config.target, catalogue, metadata):
+    metadata = settings | {"n_items": str(n), "rows_per_group": str(ROWS_PER_GROUP)}
+    finished = FinishedVectors(config.partial, config.target_dim)
+    if not config.overwrite and is_complete(config.target, config.catalogue_path, metadata):
         print(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
-        shutil.rmtree(partial, ignore_errors=True)
-        return
-    finished = FinishedVectors(partial, config.target_dim, settings)
-    embeddings = embed_catalogue(model, tokens, catalogue["item_context"], config, finished)  # (N, D)
-    broken = ~(np.abs(np.linalg.norm(embeddings, axis=1) - 1) < 1e-3)
-    if count := int(broken.sum()):
         finished.delete()
-        name = catalogue["parent_asin"][int(broken.argmax())]
-        trouble = f"{count} items became NaN, infinite or zero with {model_name} in {dtype}, the first is {name!r}"
-        fail(config.tokens_path, trouble, "use --dtype float32")
-    write(config.target, catalogue, embeddings, metadata)
-    finished.delete()
+        return Job(config, tokens, dtype, metadata, True, False, np.ones(n, dtype=bool)), model
+    finished.open(settings)
+    _, which, _ = finished.places(n)
+    if repeated := int((tokens.first != np.arange(n)).sum()):
+        print(f"{repeated:,} items repeat the tokens of another: they are embedded once")
+    shares_start = shares_its_start(model, tokens, config)
+    return Job(config, tokens, dtype, metadata, False, shares_start, which >= 0), model
+
+
+def run(config: EmbedConfig, device: torch.device, why: str) -> None:
+    """All the work, with all processes in step, in a folder where no other run does the same."""
+    job, model = prepare(config, device, why) if rank() == 0 else (None, None)
+    job = agree(job)
+    if job.is_complete:
+        return
+    model = model or load_model(job.config.model_name, getattr(torch, job.dtype), device)
+    prefix = read_prefix(model, job.tokens.common) if job.shares_start else None
+    finished = FinishedVectors(job.config.partial, job.config.target_dim)
+    embed_all(model, job.tokens, job.config, prefix, finished, job.is_done)
+    if rank() == 0:
+        write(job, finished)
+        finished.delete()
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse_config(argv)
-    for name, value in asdict(config).items():
-        print(f"{name}: {value}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry, where there is no network
-    transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
-    check_files(config)
-    with alone(config.target):
-        run(config)
+    with in_step():
+        config = parse_config(argv) if rank() == 0 else None
+        if rank() == 0:
+            check_files(config)
+            choose_device(config.device)
+        config = agree(config)
+        for name, value in asdict(config).items():
+            print(f"{name}: {value}")
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else a line for every retry without a network
+        transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
+        device, why = choose_device(config.device)
+        with alone(config.target) if rank() == 0 else nullcontext():
+            run(config, device, why)
 
 
 if __name__ == "__main__":
@@ -708,7 +868,8 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
+        if IS_FIRST:
+            print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our lines has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

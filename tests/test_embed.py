@@ -236,7 +236,8 @@ def test_the_instruction_is_read_once(qwen3_dir, change_forward, reference, caps
     own = read_npz(qwen3_dir)["attention_mask"].sum(axis=1, dtype=int) - int(said[1])
     assert sum(shared) == own.sum() + 2 * own.max()  # the shortest and the longest were also checked, together
     lengths = own + int(said[1])
-    assert plain == [lengths.max(), int(said[1]), lengths.min(), lengths.max()]  # a trial, the prefix, both alone
+    # a trial, the prefix, both alone, and the prefix again for the work
+    assert plain == [lengths.max(), int(said[1]), lengths.min(), lengths.max(), int(said[1])]
     assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
 
 
@@ -279,7 +280,7 @@ def test_equal_texts_are_embedded_once(qwen3_dir, catalogue, tiny_encoder, refer
     monkeypatch.setattr(embed_items, "embed", lambda *args: batches.append(args[2]) or embed_batch(*args))
     main(flags(qwen3_dir))
     distinct = catalogue["item_context"].n_unique()
-    assert f"{120 - distinct} items repeat the text of another: each text is embedded once" in capsys.readouterr().out
+    assert f"{120 - distinct} items repeat the tokens of another: they are embedded once" in capsys.readouterr().out
     count = min(embed_items.ITEMS_CHECKED, 120)
     assert sum(map(len, batches)) == distinct + 1 + 2 * count  # a trial; those that were checked, alone and together
     rows = dict(zip(catalogue["item_context"], range(60), strict=True))
@@ -347,22 +348,30 @@ def test_other_columns_may_change_between_the_stages(qwen3_dir, catalogue):
     assert written.drop("embedding").equals(changed)
 
 
+def test_a_catalogue_of_many_pieces_is_put_together_as_one(qwen3_dir, tiny_encoder, monkeypatch, reference, catalogue):
+    for name, rows in {"ROWS_READ": 7, "SLICE_ROWS": 32, "ROWS_PER_GROUP": 16, "FINGERPRINT_ROWS": 16}.items():
+        monkeypatch.setattr(embed_items, name, rows)
+    monkeypatch.setattr(tokenize_items, "FINGERPRINT_ROWS", 16)
+    for module in (embed_items, train_rqvae):
+        monkeypatch.setattr(module, "DIGEST_ROWS", 8)
+    argv = ["--category", "Tiny", "--data_dir", str(qwen3_dir), "--model_name", str(tiny_encoder), "--max_length"]
+    tokenize_items.main([*argv, str(MAX_LENGTH)])
+    main(flags(qwen3_dir))
+    path = qwen3_dir / "Tiny_items_with_embeddings.parquet"
+    assert pl.read_parquet(path).drop("embedding").equals(catalogue)
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")).max() < 1e-5
+    told = pl.read_parquet_metadata(path)["vectors"]
+    assert told == train_rqvae.data_digest(train_rqvae.EmbeddingDataset(path).embeddings.numpy())
+
+
 def test_both_scripts_take_the_same_fingerprint(catalogue):
     long = pl.concat([catalogue] * (1 + tokenize_items.FINGERPRINT_ROWS // 60))  # more than one slice
     for frame in (catalogue, catalogue.head(1), catalogue.reverse(), long):
-        assert embed_items.fingerprint(frame) == tokenize_items.fingerprint(frame)
+        pieces = frame.iter_slices(embed_items.FINGERPRINT_ROWS)
+        assert embed_items.fingerprint(pieces) == tokenize_items.fingerprint(frame)
 
 
 # ---------------------------------------------------------------- batches
-
-
-@pytest.mark.parametrize("n", [1, 1023, 1024, 3000])
-def test_both_scripts_take_the_same_digest_of_vectors(n):
-    vectors = np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)
-    digest = embed_items.data_digest(vectors)
-    assert digest == train_rqvae.data_digest(vectors)
-    vectors[n // 2, 1] = np.nextafter(vectors[n // 2, 1], 9)
-    assert digest != embed_items.data_digest(vectors)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.integers(1, 2000))
@@ -559,6 +568,11 @@ def read_or_refuse(path):
         return repr(error)
 
 
+def told(tokens) -> tuple:
+    """Everything in them but where they are."""
+    return tokens.digest, tokens.lengths.tolist(), tokens.of(np.arange(60))[0].tolist(), *tokens[5:]
+
+
 def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
     path = with_earlier / "Tiny_tokenized.npz"
     whole, sound = path.read_bytes(), embed_items.read_tokens(path)
@@ -577,7 +591,7 @@ def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
             refusals += 1
         elif not isinstance(result, embed_items.Tokens):
             surprises[spot] = result
-        elif not all(np.array_equal(*pair) for pair in zip(result, sound, strict=True)):
+        elif told(result) != told(sound):
             surprises[spot] = "other tokens"
     assert not surprises
     assert refusals > len(spots) / 2
@@ -660,10 +674,10 @@ def test_a_wrong_flag_is_refused(with_earlier, refused, kind):
     assert "--help lists the flags" in line
 
 
-@pytest.mark.parametrize("limit", [100, 1024, 15_700])
+@pytest.mark.parametrize("limit", [100, 1024, 17_000])
 def test_a_full_disk_is_told_and_leaves_the_earlier_output(with_earlier, capsys, full_disk, reference, limit):
     """Too little for the settings, for the finished vectors, and for the output."""
-    place = {100: "partial/settings.json", 1024: "partial", 15_700: "with_embeddings.parquet"}[limit]
+    place = {100: "partial/settings.json", 1024: "partial/vectors-0", 17_000: "with_embeddings.parquet"}[limit]
     before = files_of(with_earlier)
     with pytest.raises(SystemExit) as exit_info:
         full_disk(main, flags(with_earlier), limit=limit)
@@ -689,7 +703,7 @@ def test_an_interrupted_write_leaves_the_earlier_output(with_earlier, monkeypatc
         raise KeyboardInterrupt
 
     before = files_of(with_earlier)
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", half)
+    monkeypatch.setattr(pl.LazyFrame, "sink_parquet", half)
     monkeypatch.setattr(sys, "argv", ["embed_items.py", *flags(with_earlier)])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(embed_items.__file__, run_name="__main__")
@@ -706,15 +720,15 @@ def test_an_interrupted_write_leaves_the_earlier_output(with_earlier, monkeypatc
 
 
 def stop_after(monkeypatch, batches: int) -> None:
-    """Ctrl-C in the middle of keeping the vectors of a batch: they are written, and half of their records are."""
+    """Ctrl-C in the middle of keeping the vectors of a batch: half of them are written, and a part of one."""
     keep, kept = embed_items.FinishedVectors.keep, []
 
     def stopping(finished, rows, vectors):
         keep(finished, rows, vectors)
         kept.append(rows)
         if len(kept) == batches:
-            size = finished.finished.stat().st_size
-            os.truncate(finished.finished, size - len(rows) * embed_items.RECORD.itemsize // 2)
+            size = finished.own.stat().st_size
+            os.truncate(finished.own, size - int(finished.record.itemsize * (len(rows) / 2 + 0.3)))
             raise KeyboardInterrupt
 
     monkeypatch.setattr(embed_items.FinishedVectors, "keep", stopping)
@@ -803,10 +817,9 @@ def retrained(module: torch.nn.Module) -> None:
         module.weight.data += 1e-3
 
 
-@pytest.mark.parametrize("name", ["vectors", "finished"])
-def test_damaged_vectors_are_embedded_again(stopped, monkeypatch, reference, name):
+def test_damaged_vectors_are_embedded_again(stopped, reference):
     """Bytes flipped, and bytes cut off: whatever the checksums do not vouch for."""
-    path = stopped / PARTIAL / name
+    path = stopped / PARTIAL / "vectors-0"
     content = bytearray(path.read_bytes())
     for place in range(3, len(content), 41):
         content[place] ^= 1 << place % 8

@@ -235,8 +235,7 @@ def damage(path: Path, how: str, place: float) -> None:
 
 
 DAMAGED = INPUTS | {
-    "embed": [*INPUTS["embed"], "data/.Tiny_items_with_embeddings.parquet.partial/vectors",
-              "data/.Tiny_items_with_embeddings.parquet.partial/finished",
+    "embed": [*INPUTS["embed"], "data/.Tiny_items_with_embeddings.parquet.partial/vectors-0",
               "data/.Tiny_items_with_embeddings.parquet.partial/settings.json"],
     "train": [*INPUTS["train"], "checkpoints/checkpoint_step_110.pth", "checkpoints/best_model.pth"],
 }  # fmt: skip

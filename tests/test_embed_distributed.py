@@ -1,0 +1,153 @@
+"""embed_items.py under torchrun: two gloo processes write what one writes, and none waits for one that is gone."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from conftest import ROOT, files_of, make_texts
+
+import embed_items
+import tokenize_items
+
+N = 400
+TARGET = "Tiny_items_with_embeddings.parquet"
+PARTIAL = f".{TARGET}.partial"
+
+
+@pytest.fixture(scope="module")
+def tokenized(tiny_encoder, tmp_path_factory) -> Path:
+    """A folder of a catalogue, a tenth of it equal texts, and its tokens."""
+    folder = tmp_path_factory.mktemp("tokenized")
+    texts = make_texts(N - N // 10, seed=3)
+    items = pl.DataFrame({"parent_asin": [f"B{i:04}" for i in range(N)], "item_context": texts + texts[: N // 10]})
+    items.write_parquet(folder / "Tiny_items_updated.parquet")
+    tokenize_items.main(["--category", "Tiny", "--data_dir", str(folder), "--model_name", str(tiny_encoder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(tokenized, tmp_path_factory) -> dict[str, bytes]:
+    """The files after a run of one process."""
+    folder = shutil.copytree(tokenized, tmp_path_factory.mktemp("wanted") / "data")
+    embed_items.main(flags(folder))
+    return files_of(folder)
+
+
+@pytest.fixture
+def folder(tokenized, tmp_path) -> Path:
+    return shutil.copytree(tokenized, tmp_path / "data")
+
+
+def flags(folder: Path, *more: str) -> list[str]:
+    argv = ["--category", "Tiny", "--data_dir", str(folder), "--device", "cpu", "--tokens_per_batch", "300"]
+    return [*argv, *more]
+
+
+def start(processes: int, *argv: str) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *launcher, str(ROOT / "embed_items.py"), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    """The exit status and what was printed, once it has ended."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for_vectors(folder: Path, processes: int) -> None:
+    """Returns when each process has finished some vectors."""
+    limit = time.monotonic() + 60
+    while time.monotonic() < limit:
+        paths = list((folder / PARTIAL).glob("vectors-*"))
+        if len(paths) == processes and all(path.stat().st_size for path in paths):
+            return
+        time.sleep(0.005)
+    raise AssertionError("no vectors")
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started, in the order of their ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        pytest.skip("no /proc here to find the processes in")
+    return [int(child) for child in children.read_text().split()]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_write_the_bytes_of_one(folder, wanted, processes):
+    status, out, err = end(start(processes, *flags(folder)))
+    assert status == 0, err
+    assert files_of(folder) == wanted
+    assert out.count("category: Tiny") == out.count("wrote ") == 1
+
+
+def test_a_job_that_was_killed_goes_on_with_another_number_of_processes(folder, wanted):
+    job = start(2, *flags(folder))
+    wait_for_vectors(folder, 2)
+    for worker in workers(job):  # before the job, which would let them write on
+        os.kill(worker, signal.SIGSTOP)
+    for worker in workers(job):
+        os.kill(worker, signal.SIGKILL)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    assert (folder / PARTIAL).exists()
+    status, out, err = end(start(3, *flags(folder)))
+    assert status == 0, err
+    assert int(re.search(r"([\d,]+) items were finished by an earlier run", out)[1]) > 0
+    assert files_of(folder) == wanted
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_job_that_loses_a_process_ends_within_seconds(folder, wanted, victim):
+    job = start(2, *flags(folder))
+    wait_for_vectors(folder, 2)
+    os.kill(workers(job)[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    status, _, err = end(job)
+    assert status != 0
+    assert time.monotonic() - killed < 30
+    assert not re.search(r"^  File .*embed_items\.py", err, flags=re.M), err  # no traceback of ours
+    embed_items.main(flags(folder))
+    assert files_of(folder) == wanted
+
+
+@pytest.mark.parametrize("kind", ["a flag", "no tokens", "damaged tokens", "no model", "another run"])
+def test_what_is_wrong_is_told_once(folder, kind):
+    more = {"a flag": ["--target_dim", "0"], "no model": ["--model_name", str(folder / "nowhere")]}.get(kind, [])
+    path = folder / "Tiny_tokenized.npz"
+    if kind == "no tokens":
+        path.unlink()
+    elif kind == "damaged tokens":
+        path.write_bytes(path.read_bytes()[:1000])
+    if kind == "another run":
+        with embed_items.alone(folder / TARGET):
+            status, _, err = end(start(2, *flags(folder)))
+    else:
+        status, _, err = end(start(2, *flags(folder, *more)))
+    assert status != 0
+    assert len(re.findall(r"^error: ", err, flags=re.M)) == 1, err
+    assert not re.search(r"^  File .*embed_items\.py", err, flags=re.M), err
+    assert not (folder / TARGET).exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_embed_as_one(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "one")
+    more = ["--device", "cuda", "--dtype", "float32"]
+    assert end(start(2, *flags(folder, *more)))[0] == 0
+    embed_items.main(flags(other, *more))
+    one, two = (pl.read_parquet(place / TARGET)["embedding"].to_list() for place in (other, folder))
+    assert (torch.tensor(one) - torch.tensor(two)).abs().max() < 1e-5
