@@ -17,6 +17,7 @@ Shapes: N items, B items in a batch, T tokens in each of it, H the model's size,
 """
 
 import copy
+import errno
 import hashlib
 import itertools
 import json
@@ -123,6 +124,11 @@ def first_line(error: Exception) -> str:
 
 
 def parse_config(argv: list[str] | None) -> EmbedConfig:
+    for argument in sys.argv[1:] if argv is None else argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            fail("command line", f"{argument!a} is not UTF-8", LIST_FLAGS)
     parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, LIST_FLAGS)
     try:
@@ -215,12 +221,7 @@ class StoredRows(NamedTuple):
     dtype: np.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:  # (B) -> (B, W)
-        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        with open(self.path, "rb") as file:
-            for place, row in zip(found, rows.tolist(), strict=True):
-                file.seek(self.offset + row * place.nbytes)
-                file.readinto(place)
-        return found
+        return np.asarray(np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[rows])
 
 
 def stored_rows(path: Path, archive: zipfile.ZipFile, name: str) -> StoredRows:
@@ -325,14 +326,18 @@ def slices(path: Path, columns: list[str] | None = None, n: int | None = None) -
         yield frame.slice(start, min(SLICE_ROWS, n - start)).collect()
 
 
+def add_texts(digest: Any, texts: pl.Series) -> None:
+    digest.update(texts.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
+    digest.update(texts.str.join().item().encode())
+
+
 def fingerprint(catalogue: Iterable[pl.DataFrame]) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, as in tokenize_items.py."""
     digest = hashlib.sha256()
     for piece in catalogue:
         for rows in piece.select("parent_asin", "item_context").iter_slices(FINGERPRINT_ROWS):
-            for text in rows:
-                digest.update(text.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
-                digest.update(text.str.join().item().encode())
+            for texts in rows:
+                add_texts(digest, texts)
     return digest.hexdigest()
 
 
@@ -585,10 +590,8 @@ class FinishedVectors:
         """The vectors at some of those places: which (B), position (B) -> (B, D)."""
         vectors = np.empty((len(which), *self.record["vector"].shape), dtype=np.float32)
         for number in np.unique(which):
-            with open(files[number], "rb") as file:
-                for i in np.flatnonzero(which == number):
-                    file.seek(position[i] * self.record.itemsize + self.record.fields["vector"][1])
-                    file.readinto(vectors[i])
+            of_file = which == number
+            vectors[of_file] = np.memmap(files[number], self.record, "r")["vector"][position[of_file]]
         return vectors
 
     def delete(self) -> None:
@@ -726,14 +729,29 @@ class Job(NamedTuple):
     is_done: np.ndarray  # (N) whose vectors an earlier run has finished
 
 
+def start_digest(n: int, dim: int) -> Any:
+    """To add vectors to: comes to what data_digest of train_rqvae.py says of all (n, dim)."""
+    return hashlib.sha256(str((n, dim)).encode())
+
+
+def add_vectors(digest: Any, vectors: np.ndarray) -> None:  # (B, D), B a multiple of DIGEST_ROWS but for the last
+    for start in range(0, len(vectors), DIGEST_ROWS):
+        piece = np.ascontiguousarray(vectors[start : start + DIGEST_ROWS], "<f4")
+        digest.update(hashlib.sha256(piece).digest())
+
+
 def is_complete(path: Path, catalogue_path: Path, metadata: dict[str, str]) -> bool:
-    """Whether the output is there already, of this catalogue and made in the same way."""
+    """Whether the output is there already, whole, of this catalogue and made in the same way."""
     try:
-        found, n = pl.read_parquet_metadata(path), int(metadata["n_items"])
-        same = all(found.get(name) == value for name, value in metadata.items())
-        columns = list(pl.scan_parquet(catalogue_path, glob=False).collect_schema())
-        pairs = zip(slices(path, columns), slices(catalogue_path, n=n), strict=True)
-        return same and all(one.equals(other) for one, other in pairs)
+        found, n, dim = pl.read_parquet_metadata(path), int(metadata["n_items"]), int(metadata["target_dim"])
+        if any(found.get(name) != value for name, value in metadata.items()):
+            return False
+        digest = start_digest(n, dim)
+        for piece, catalogue in zip(slices(path), slices(catalogue_path, n=n), strict=True):
+            if not piece.drop("embedding").equals(catalogue):
+                return False
+            add_vectors(digest, piece["embedding"].list.to_array(dim).to_numpy())
+        return digest.hexdigest() == found.get("vectors")
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError):  # none, or damaged
         return False
 
@@ -742,7 +760,7 @@ def write(job: Job, finished: FinishedVectors) -> None:
     """Puts the output together, some rows at a time; ends the run where a vector is not of length 1."""
     config, first, n = job.config, job.tokens.first, len(job.tokens.first)
     files, which, position = finished.places(n)
-    digest = hashlib.sha256(str((n, config.target_dim)).encode())  # as data_digest of train_rqvae.py
+    digest, names = start_digest(n, config.target_dim), hashlib.sha256()
     broken, broken_name = 0, None
 
     def pieces(*_) -> Iterator[pl.DataFrame]:
@@ -754,8 +772,9 @@ def write(job: Job, finished: FinishedVectors) -> None:
                 if (which[rows] < 0).any():
                     fail(finished.folder, "some of its vectors were damaged just now", "run the same command again")
                 vectors = finished.read(files, which[rows], position[rows])  # (B, D)
-                for part in np.split(vectors, range(DIGEST_ROWS, len(vectors), DIGEST_ROWS)):
-                    digest.update(hashlib.sha256(part.astype("<f4")).digest())
+                add_vectors(digest, vectors)
+                for some in piece["parent_asin"].to_frame().iter_slices(DIGEST_ROWS):
+                    add_texts(names, some.to_series())
                 odd = ~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3)
                 if odd.any() and not broken:
                     broken_name = piece["parent_asin"][int(odd.argmax())]
@@ -768,7 +787,7 @@ def write(job: Job, finished: FinishedVectors) -> None:
             temporary,
             compression="uncompressed",  # zstd would make the vectors 7% smaller in twice the time
             row_group_size=ROWS_PER_GROUP,
-            metadata=lambda _: job.metadata | {"vectors": digest.hexdigest()},  # asked for when all is written
+            metadata=lambda _: job.metadata | {"vectors": digest.hexdigest(), "names": names.hexdigest()},  # at the end
         )
         if broken:
             finished.delete()
@@ -863,14 +882,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         if IS_FIRST:
             print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our lines has left
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:  # else whoever read our lines has left
+            print(f"error: standard output: {error.strerror}; make room and run it again", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

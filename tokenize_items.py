@@ -10,6 +10,7 @@ Writes  data/output/{category}_tokenized.npz           (input_ids, attention_mas
 Next: embed_items.py. Shapes: N items, W the longest item's tokens, at most max_length.
 """
 
+import errno
 import hashlib
 import logging
 import os
@@ -83,6 +84,11 @@ def first_line(error: Exception) -> str:
 
 
 def parse_config(argv: list[str] | None) -> TokenizeConfig:
+    for argument in sys.argv[1:] if argv is None else argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            fail("command line", f"{argument!a} is not UTF-8", LIST_FLAGS)
     parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, LIST_FLAGS)
     try:
@@ -276,7 +282,8 @@ def is_complete(path: Path, settings: dict[str, str | int]) -> bool:
         with zipfile.ZipFile(path) as archive:
             whole = archive.testzip() is None
         with np.load(path, allow_pickle=False) as npz:
-            return whole and all(npz[name] == value for name, value in settings.items())
+            arrays = {"input_ids", "attention_mask"} <= set(npz.files)
+            return whole and arrays and all(npz[name] == value for name, value in settings.items())
     except Exception:  # none, or another's, or damaged: numpy and zipfile each raise their own
         return False
 
@@ -331,12 +338,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
     try:
         main()
+        print(end="", flush=True)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our lines has left
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:  # else whoever read our lines has left
+            print(f"error: standard output: {error.strerror}; make room and run it again", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

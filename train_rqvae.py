@@ -15,6 +15,7 @@ arXiv:2305.05065, section 3.1; the residual quantizer is Lee et al., arXiv:2203.
 Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes a level.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -222,6 +223,11 @@ def first_line(error: Exception) -> str:
 
 
 def parse_config(argv: list[str] | None) -> RQVAEConfig:
+    for argument in sys.argv[1:] if argv is None else argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            fail("command line", f"{argument!a} is not UTF-8", LIST_FLAGS)
     parser = HfArgumentParser(RQVAEConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, LIST_FLAGS)
     try:
@@ -277,6 +283,16 @@ def data_digest(embeddings: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+def names_digest(names: pl.Series) -> str:
+    """SHA-256 of the names of items, in their order: the same in embed_items.py."""
+    digest = hashlib.sha256()
+    for some in names.to_frame().iter_slices(DIGEST_ROWS):
+        texts = some.to_series()
+        digest.update(texts.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
+        digest.update(texts.str.join().item().encode())
+    return digest.hexdigest()
+
+
 class EmbeddingDataset(Dataset):
     """The embeddings of a catalogue as one tensor, with what names its items.
 
@@ -301,11 +317,15 @@ class EmbeddingDataset(Dataset):
             self.parent_asin = table["parent_asin"]
             self.labels = table["label"].fill_null("")
             self._check_names(path)
+            metadata = pl.read_parquet_metadata(path)
+            if num_rows is not None and num_rows < pl.scan_parquet(path, glob=False).select(pl.len()).collect().item():
+                metadata = {"rows_per_group": metadata.get("rows_per_group", "")}  # the digests are of all rows
+            self.digest = metadata.get("vectors")  # data_digest, as embed_items.py saw it
+            if metadata.get("names", names_digest(self.parent_asin)) != names_digest(self.parent_asin):
+                fail(path, "damaged: its parent_asin are not those that were written", again)
             kind = columns["embedding"]
             if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
                 fail(path, f"embedding is {kind}, not a list of Float32", again)
-            metadata = pl.read_parquet_metadata(path)
-            self.digest = metadata.get("vectors") if num_rows is None else None  # data_digest, as embed_items.py saw it
             rows = metadata.get("rows_per_group", "")
             rows = min(max(LEAST_ROWS_READ, int(rows)), table.height) if rows.isdecimal() else table.height
             self.embeddings = self._read_vectors(file, rows, path)  # (N, D)
@@ -694,6 +714,7 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int)
         size = len(quantizer.codebook)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than codes: some stay unused
+            warnings.simplefilter("ignore", RuntimeWarning)  # latents too large: the next step's loss tells it
             kmeans = KMeans(size, n_init=1, random_state=seed + level).fit(residuals.cpu().numpy())
         centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
         share = torch.from_numpy(np.bincount(kmeans.labels_, minlength=size) / len(residuals)).to(centres)  # (K)
@@ -905,10 +926,10 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def numbered_checkpoints(folder: Path) -> list[Path]:
-    """The newest first."""
-    paths = [path for path in folder.glob("checkpoint_step_*.pth") if path.is_file()]
-    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """Those in the folder by their step, the last one first."""
+    found = [(re.fullmatch(r"checkpoint_step_(\d+)\.pth", path.name), path) for path in folder.glob("*.pth")]
+    return dict(sorted(((int(name[1]), path) for name, path in found if name and path.is_file()), reverse=True))
 
 
 def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> tuple[dict, RQVAE]:
@@ -922,6 +943,10 @@ def load_whole(path: Path, device: torch.device | str, keys: set[str]) -> tuple[
             raise ValueError(f"no {', '.join(sorted(missing))} in it")
         model = RQVAE(RQVAEConfig(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model_state_dict"])
+        if not all(weight.isfinite().all() for weight in model.state_dict().values()):
+            raise ValueError("some of its weights are NaN or infinite")
+        if not isinstance(checkpoint["step"], int) or checkpoint["step"] < 0:
+            raise ValueError("its step is no number of steps")
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
     return checkpoint, model.to(device).eval()
@@ -1254,6 +1279,15 @@ def holds_best(path: Path, config: dict, data: str, lowest_val_loss: float) -> b
     return good and best["data"] == data and same_flags(best["config"], config)
 
 
+def final_step(folder: Path, config: dict, data: str) -> int:
+    """The steps of final_model.pth; -1 where that is gone, damaged or left by another run."""
+    try:
+        final, _ = load_whole(folder / "final_model.pth", "cpu", CHECKPOINT_KEYS | {"data"})
+    except ValueError:
+        return -1
+    return final["step"] if final["data"] == data and same_flags(final["config"], config) else -1
+
+
 def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
     """Trains and writes the checkpoints; returns whether the last step was reached, and the lowest validation loss.
 
@@ -1295,8 +1329,10 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
              scheduler_states=[each.state_dict() for each in schedulers], random_states=random_states(),
              usage=usage, lowest_val_loss=lowest, wandb_run_id=run.id,
              autoencoder_steps=plan.autoencoder_steps)  # fmt: skip
-        for path in numbered_checkpoints(folder)[config.keep_checkpoints :]:
-            path.unlink(missing_ok=True)
+        there = numbered_checkpoints(folder)
+        kept = [number for number in there if number <= step][: config.keep_checkpoints]
+        for number in there.keys() - kept:  # the oldest, and what an earlier run left that had come further
+            there[number].unlink(missing_ok=True)
 
     model.train()
     last_log, last_time, order, order_epoch, unseen = start, time.perf_counter(), None, None, []
@@ -1360,7 +1396,8 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 return False, lowest
     if not math.isfinite(lowest):
         diverged("no validation loss was finite")
-    if start < plan.total_steps:
+    missing = final_step(folder, asdict(config), data) < start  # as after a kill between the last checkpoint and this
+    if start < plan.total_steps or (start == plan.total_steps and missing):
         save("final_model.pth", plan.total_steps)
     return True, lowest
 
@@ -1612,6 +1649,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConf
     tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(config.ids_path) as ids_file:
         table.write_parquet(ids_file, metadata=made_from(config, data))
+        quality["semantic_ids_sha256"] = hashlib.sha256(ids_file.read_bytes()).hexdigest()
         with replacing(config.quality_path) as quality_file:  # before the IDs take their place: both or none
             quality_file.write_text(json.dumps(quality, indent=1) + "\n")
 
@@ -1759,20 +1797,21 @@ def check_model(path: Path, trained: RQVAEConfig, config: RQVAEConfig, dim: int)
 def is_complete(config: RQVAEConfig, dataset: EmbeddingDataset, data: str, total_steps: int) -> bool:
     """Whether this run has been trained to its end, and its IDs are written."""
     try:
-        final, _ = load_whole(config.best_path.with_name("final_model.pth"), "cpu", CHECKPOINT_KEYS | {"data"})
-        trained = final["step"] == total_steps and final["data"] == data and same_flags(final["config"], asdict(config))
-        if not trained or not config.quality_path.exists():
+        if final_step(Path(config.checkpoint_dir), asdict(config), data) != total_steps:
+            return False
+        digest = hashlib.sha256(config.ids_path.read_bytes()).hexdigest()
+        if json.loads(config.quality_path.read_text())["semantic_ids_sha256"] != digest:
             return False
         found = pl.read_parquet_metadata(config.ids_path)
         same = all(found.get(name) == value for name, value in made_from(config, data).items())
         return same and pl.read_parquet(config.ids_path)["parent_asin"].equals(dataset.parent_asin)
-    except (ValueError, OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):  # gone, or damaged
+    except (ValueError, TypeError, KeyError, OSError, pl.exceptions.PolarsError):  # gone, or damaged
         return False
 
 
 def find_resumed(folder: Path, config: RQVAEConfig, data: str) -> dict | None:
-    """The newest numbered checkpoint that is whole, if it belongs to this command; a damaged one is passed over."""
-    for path in numbered_checkpoints(folder):
+    """The last numbered checkpoint that is whole, if it belongs to this command; a damaged one is passed over."""
+    for path in numbered_checkpoints(folder).values():
         try:
             checkpoint, _ = load_whole(path, "cpu", RESUME_KEYS)
         except ValueError as error:
@@ -1817,7 +1856,8 @@ def train_and_export(config: RQVAEConfig, dataset: EmbeddingDataset, device: tor
             if not holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"]):
                 fail(config.best_path, "gone, or another run's", "train again without --resume")
     elif numbered := numbered_checkpoints(folder):
-        warn(f"{numbered[0]} and what else an earlier run left there will be replaced; --resume would go on from it")
+        newest = next(iter(numbered.values()))
+        warn(f"{newest} and what else an earlier run left there will be replaced; --resume would go on from it")
     for path in folder.glob(".*.pth.tmp"):  # of a run that was killed as it saved
         path.unlink()
     torch.manual_seed(config.seed)
@@ -1868,13 +1908,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of few letters is no reason to stop
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main())
+        status = main()
+        print(end="", flush=True)
+        sys.exit(status)
     except KeyboardInterrupt:
         print("interrupted: files written so far are whole", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our lines has left
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:  # else whoever read our lines has left
+            print(f"error: standard output: {error.strerror}; make room and run it again", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

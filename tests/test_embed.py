@@ -579,11 +579,12 @@ def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     header = whole.index(b"\x93NUMPY")
-    spots = [*range(header, header + 80), *range(header + 80, directory, 997), *range(directory, len(whole), 3)]
+    spots = [(spot, 1 << bit) for spot in range(header, header + 80) for bit in range(8)]
+    spots += [(spot, 0x41) for spot in (*range(header + 80, directory, 997), *range(directory, len(whole), 3))]
     refusals, surprises = 0, {}
-    for spot in spots:
+    for spot, bits in spots:
         damaged = bytearray(whole)
-        damaged[spot] ^= 0x41
+        damaged[spot] ^= bits
         path.write_bytes(damaged)
         result = read_or_refuse(path)
         if result == 2:
@@ -846,6 +847,13 @@ def test_a_complete_output_is_not_made_again_unless_asked(qwen3_dir, catalogue, 
     main(flags(qwen3_dir, "--overwrite"))
     assert len(calls_of_embed) == 60
     assert files_of(qwen3_dir) == complete
+    path = qwen3_dir / "Tiny_items_with_embeddings.parquet"
+    number = read_vectors(qwen3_dir)[7, :4].astype(np.float32).tobytes()
+    assert complete[path.name].count(number) == 1
+    for damaged in (b"", complete[path.name][:-9], complete[path.name].replace(number, number[::-1])):
+        path.write_bytes(damaged)
+        main(flags(qwen3_dir))
+        assert files_of(qwen3_dir) == complete
     for more in (["--pooling", "mean"], ["--num_rows", "50"], ["--target_dim", "8"]):
         calls_of_embed.clear()
         main(flags(qwen3_dir, *more))

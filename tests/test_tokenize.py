@@ -131,6 +131,28 @@ def test_num_rows_takes_the_first_rows_and_keeps_the_whole_catalogues_fingerprin
 # ---------------------------------------------------------------- the file
 
 
+def test_a_complete_output_is_not_made_again_unless_asked(data_dir, tiny_encoder, monkeypatch, capsys):
+    argv, calls, tokenize = flags(data_dir, tiny_encoder), [], tokenize_items.tokenize
+    monkeypatch.setattr(tokenize_items, "tokenize", lambda *args: calls.append(args) or tokenize(*args))
+    path = data_dir / "Tiny_tokenized.npz"
+    main(argv)
+    complete = path.read_bytes()
+    main(argv)
+    assert "is complete already: nothing to do; --overwrite tokenizes again" in capsys.readouterr().out
+    assert len(calls) == 1
+    main([*argv, "--overwrite"])
+    assert len(calls) == 2
+    damages = [b"", complete[:-9], complete[:5000] + b"?" + complete[5001:]]
+    for damaged in damages:
+        path.write_bytes(damaged)
+        main(argv)
+        assert path.read_bytes() == complete
+    for more in (["--max_length", "40"], ["--instruction", "Another"], ["--num_rows", "50"]):
+        calls.clear()
+        main([*argv, *more])
+        assert calls, more
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_npz_keeps_the_contract(data_dir, tiny_encoder, tmp_path, side):
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side=side)

@@ -558,12 +558,19 @@ def test_a_complete_run_is_not_repeated_unless_asked(copy, trained, calls, capsy
     assert ids_of(copy).equals(ids_of(trained))
 
 
+def change_ids(path: Path) -> None:
+    metadata = {name: pl.read_parquet_metadata(path)[name] for name in ("model", "embeddings", "collisions")}
+    pl.read_parquet(path).with_columns(semantic_id_0=pl.col("semantic_id_0") + 1).write_parquet(path, metadata=metadata)
+
+
 MISSING = {
     "no final model": lambda folder: (checkpoints(folder) / "final_model.pth").unlink(),
     "no best model": lambda folder: (checkpoints(folder) / "best_model.pth").unlink(),
     "a damaged final model": lambda folder: os.truncate(checkpoints(folder) / "final_model.pth", 999),
     "no IDs": lambda folder: (folder / "data" / "Tiny_semantic_ids.parquet").unlink(),
     "damaged IDs": lambda folder: os.truncate(folder / "data" / "Tiny_semantic_ids.parquet", 999),
+    "changed IDs": lambda folder: change_ids(folder / "data" / "Tiny_semantic_ids.parquet"),
+    "a damaged report": lambda folder: (folder / "data" / "Tiny_quality.json").write_text("[]"),
     "no report": lambda folder: (folder / "data" / "Tiny_quality.json").unlink(),
     "other IDs": lambda folder: run(folder, "--export_only", collisions="suffix"),
     "other names": lambda folder: catalogue().reverse().write_parquet(source(folder)),
@@ -589,6 +596,34 @@ def test_starting_over_an_earlier_run_is_warned_of(unfinished, capsys):
     assert run(unfinished) == 0
     text = capsys.readouterr().err
     assert re.search(r"warning: .*checkpoint_step_20.pth and .* will be replaced; --resume would go on from it", text)
+
+
+@pytest.mark.parametrize("name", ["final_model.pth", "best_model.pth"])
+def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folder, name):
+    flags = {"max_steps": 20, "steps_per_val_log": 10}  # a numbered checkpoint at the last step
+    assert run(folder, "--resume", **flags) == 0
+    before = load(folder)
+    (checkpoints(folder) / name).unlink()
+    (folder / "data" / "Tiny_semantic_ids.parquet").unlink()
+    if name == "best_model.pth":  # it cannot be made again: its step may be long past
+        with pytest.raises(SystemExit):
+            run(folder, "--resume", **flags)
+        return
+    assert run(folder, "--resume", **flags) == 0
+    assert same_tensors(load(folder), before)
+    assert load(folder)["step"] == 20
+
+
+def test_checkpoints_of_an_earlier_longer_run_do_not_displace_those_of_this_one(folder):
+    assert run(folder, max_steps=60, keep_checkpoints=9) == 0
+    for path in checkpoints(folder).glob("checkpoint_step_*"):
+        os.utime(path, (2**31, 2**31))  # as where a clock was ahead
+    mine = checkpoints(folder) / "checkpoint_step_60_mine.pth"
+    mine.write_bytes(b"a copy by hand")
+    assert run(folder, seed=1, keep_checkpoints=9) == 0
+    names = {path.name for path in checkpoints(folder).glob("checkpoint_step_*")}
+    assert names == {"checkpoint_step_10.pth", "checkpoint_step_20.pth", mine.name}
+    assert run(folder, "--resume", seed=1, max_steps=30, keep_checkpoints=9) == 0
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, [20]), (2, [15, 20]), (9, [5, 10, 15, 20])])
@@ -1480,6 +1515,16 @@ def test_embeddings_that_are_not_those_written_are_refused(copy, refused):
     path.write_bytes(content.replace(number, bytes([number[0] ^ 1]) + number[1:]))
     for switch in ("--export_only", "--resume"):
         assert f"{path}: damaged" in refused(copy, switch)
+
+
+def test_names_that_are_not_those_written_are_refused(copy, refused):
+    path, table = source(copy), pl.read_parquet(source(copy))
+    metadata = {"names": train_rqvae.names_digest(table["parent_asin"])}
+    table.write_parquet(path, compression="uncompressed", metadata=metadata)
+    assert run(copy, "--export_only") == 0
+    path.write_bytes(path.read_bytes().replace(b"B0007", b"X0007", 1))
+    assert f"{path}: damaged: its parent_asin are not those" in refused(copy, "--export_only")
+    assert run(copy, "--export_only", num_rows=N - 1) == 0  # a trial of some rows: their digests are not known
 
 
 def test_a_second_run_into_the_same_place_leaves(copy, refused):

@@ -103,18 +103,23 @@ def product_rate(model, rows: int) -> float:
 def compare_writing() -> None:
     generator = np.random.default_rng(0)
     vectors = generator.standard_normal((VECTORS, DIMENSIONS), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
         path, cpu = Path(folder, "vectors.parquet"), torch.device("cpu")
-
-        def as_array() -> None:
-            column = pl.Series("embedding", vectors).cast(pl.List(pl.Float32))  # as embed_items.main does
-            column.to_frame().write_parquet(path, compression="uncompressed")
+        config = embed_items.EmbedConfig(data_dir=folder, target_dim=DIMENSIONS)
+        pl.DataFrame({"parent_asin": map(str, range(VECTORS))}).write_parquet(config.catalogue_path)
+        rows = np.arange(VECTORS)
+        tokens = embed_items.Tokens(None, None, rows, rows, rows[:0], 0, 0, "", "", "", "", 0)
+        job = embed_items.Job(config, tokens, "float32", {}, False, False, np.zeros(VECTORS, dtype=bool))
+        finished = embed_items.FinishedVectors(config.partial, DIMENSIONS)
+        finished.open({})
+        finished.keep(generator.permutation(VECTORS), vectors)
 
         def through_lists(dtype: pl.DataType | None) -> None:
             pl.Series("embedding", vectors.tolist(), dtype=dtype).to_frame().write_parquet(path)
 
         ways = {
-            "as one array": as_array,
+            "ours, from the finished vectors": lambda: embed_items.write(job, finished),
             "through lists": lambda: through_lists(None),
             "through lists, declared Float32": lambda: through_lists(pl.List(pl.Float32)),
         }
@@ -122,8 +127,9 @@ def compare_writing() -> None:
         for _, (way, work) in itertools.product(range(3), ways.items()):
             seconds[way].append(timed(work, cpu)[0])
     medians = {way: statistics.median(found) for way, found in seconds.items()}
+    ours = next(iter(medians.values()))
     for way, median in medians.items():
-        print(f"writing {VECTORS:,} x {DIMENSIONS} {way}: {median:.2f} s, {median / medians['as one array']:.1f} times")
+        print(f"writing {VECTORS:,} x {DIMENSIONS} {way}: {median:.2f} s, {median / ours:.1f} times")
 
 
 def main() -> None:
@@ -132,14 +138,14 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="a hub name or a folder")
     parser.add_argument("--model", choices=SHAPES, default="small")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=embed_items.DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--num_rows", type=int, help="rows spread over the catalogue; by default all")
     parser.add_argument("--padded_rows", type=int, default=32)
     parser.add_argument("--tokens_per_batch", type=int, help="of ours; by default its own")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="of sentence-transformers")
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args()
-    dtype, device = embed_items.DTYPES[flags.dtype], torch.device(flags.device)
+    dtype, device = getattr(torch, flags.dtype), torch.device(flags.device)
     texts = pl.read_parquet(flags.catalogue, columns=["item_context"])["item_context"]
     texts = texts.gather(np.linspace(0, len(texts) - 1, flags.num_rows or len(texts)).astype(int))
     instruction = tokenize_items.TokenizeConfig().instruction
@@ -160,14 +166,20 @@ def main() -> None:
 
     def ours() -> np.ndarray:
         cut = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
-        tokens = embed_items.Tokens(
-            np.concatenate(cut.ids), np.append(0, cut.lengths.cumsum()), "", instruction, "", MAX_LENGTH
-        )
-        start = time.perf_counter()
-        prefix = embed_items.read_prefix(model, embed_items.common_start(tokens))
-        vectors = embed_items.embed_all(model, tokens, embed_items.first_rows(texts), config, prefix)
-        stage.update(seconds=time.perf_counter() - start, tokens=tokens, skip=prefix.get_seq_length())
-        return vectors
+        ids, mask = tokenize_items.pad(cut, 0, "left")
+        told = {"max_length": MAX_LENGTH, "n_items": len(ids), "instruction": instruction}
+        told |= {"model_name": "", "fingerprint": "", "format_version": embed_items.FORMAT_VERSION}
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            np.savez(folder / "tokens.npz", input_ids=ids, attention_mask=mask, **told)
+            tokens = embed_items.read_tokens(folder / "tokens.npz")
+            start = time.perf_counter()
+            prefix = embed_items.read_prefix(model, tokens.common)
+            finished = embed_items.FinishedVectors(folder, config.target_dim)
+            embed_items.embed_all(model, tokens, config, prefix, finished, np.zeros(len(ids), dtype=bool))
+            stage.update(seconds=time.perf_counter() - start, tokens=tokens, skip=prefix.get_seq_length())
+            files, which, position = finished.places(len(ids))
+            return finished.read(files, which[tokens.first], position[tokens.first])
 
     def encode(batch_size: int) -> np.ndarray:
         return reference.encode(prompts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
@@ -198,7 +210,7 @@ def main() -> None:
         for side, (rows, work) in sides.items():
             seconds, vectors[side] = timed(work, device)
             speeds[side].append(rows / seconds)
-        lengths = stage["tokens"].lengths[np.unique(embed_items.first_rows(texts))]
+        lengths = stage["tokens"].lengths[np.unique(stage["tokens"].first)]
         read = lengths - stage["skip"]
         shares.append(2 * weights * read.sum() / stage["seconds"] / rate)
     batches = embed_items.batches_by_length(lengths, budget)
