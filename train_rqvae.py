@@ -44,7 +44,7 @@ RANK, RANKS, LOCAL_RANK = (
     int(os.environ.get(name, default)) if __name__ == "__main__" else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
-PATIENCE = 10  # seconds in which torchrun ends the ranks that are left when one has failed
+PATIENCE = 5  # seconds in which torchrun ends the ranks that are left when one has failed
 LONGEST_WAIT = timedelta(days=1)  # of ranks for one another: k-means and the last codes are found by rank 0 alone
 
 LIST_FLAGS = "--help lists the flags"
@@ -756,7 +756,7 @@ class RQVAE(nn.Module):
         for quantizer in self.quantizers:
             book = quantizer.codebook
             distance = code_distances(residuals.flatten(0, 1), book).add_(residuals.square().sum(2).reshape(-1, 1))
-            distance = distance.reshape(len(residuals), -1)  # (B, W K)
+            distance = distance.reshape(len(residuals), residuals.shape[1] * len(book))  # (B, W K)
             best = distance.topk(min(width, distance.shape[1]), largest=False).indices  # (B, W of the next level)
             prefix, code = (best // len(book)).unsqueeze(2), best % len(book)
             codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
@@ -1532,7 +1532,7 @@ def train(
             quantize = step > plan.autoencoder_steps
             if RANKS > 1 and step in (start + 1, plan.autoencoder_steps + 1):
                 model.quantizers.requires_grad_(quantize)  # the wrapper waits for the gradients of all that require one
-                wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+                wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * plan.total_steps else 1
             result = train_step(wrapped, optimizers, embeddings, rows, noise, width if quantize else 0)
