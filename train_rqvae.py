@@ -9,6 +9,7 @@ Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
     python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 --max_lr 1e-2  # on a CPU
     python train_rqvae.py --category Video_Games --resume                           # go on after a stop
     python train_rqvae.py --category Video_Games --export_only                      # IDs from best_model.pth
+    torchrun --nproc_per_node=8 train_rqvae.py --category Video_Games               # the same run on eight GPUs
 
 Before: embed_items.py. Paper: Rajput et al., Recommender Systems with Generative Retrieval (TIGER),
 arXiv:2305.05065, section 3.1; the residual quantizer is Lee et al., arXiv:2203.01941.
@@ -31,12 +32,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+# what torchrun tells this process, of which only a run of this script makes use; rank 0 speaks and writes for all
+RANK, RANKS, LOCAL_RANK = (
+    int(os.environ.get(name, default)) if __name__ == "__main__" else default
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+)
+PATIENCE = 5  # seconds in which torchrun ends the ranks that are left when one has failed
+LONGEST_WAIT = timedelta(days=1)  # of ranks for one another: k-means and the last codes are found by rank 0 alone
 
 LIST_FLAGS = "--help lists the flags"
 LARGEST, MOST_LEVELS = 10**12, 64  # of any number on the command line
@@ -202,8 +212,16 @@ class RQVAEConfig:
         return Path(self.checkpoint_dir, "best_model.pth")
 
 
+def await_end() -> None:
+    """Gives torchrun the time to end this rank silently, where another one tells, or is, the cause of its trouble."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)
+
+
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
+    if RANK:  # what is wrong for all is told by rank 0
+        await_end()
     line = " ".join(f"error: {what}: {trouble}; {way_out}".split())
     tqdm.write(line, file=sys.stderr)  # on a line of its own, also where there is a progress bar
     raise SystemExit(2)
@@ -211,11 +229,14 @@ def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
 
 def diverged(trouble: str) -> NoReturn:
     """Ends a run whose numbers are none any more: one line on standard error, exit status 1."""
+    if RANK:
+        await_end()
     raise SystemExit(f"error: {trouble}; train again with a lower --max_lr")
 
 
 def warn(message: str) -> None:
-    print("warning:", message, file=sys.stderr)
+    if RANK == 0:
+        print("warning:", message, file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
@@ -251,17 +272,21 @@ def check_files(config: RQVAEConfig) -> None:
 
 if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end
     check_files(parse_config(None))
 
 import numpy as np
 import polars as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import wandb
 from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
@@ -271,16 +296,132 @@ except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None
 
 
+# ---------------------------------------------------------------- several processes
+# Every rank calls these at the same place, and one process may call them too: it is the sum of its parts. What is
+# small goes by way of the CPUs, so that no GPU has to be waited for.
+
+
+def gathered(value: Any) -> list:
+    """The value of each rank."""
+    values = [value] * RANKS
+    if RANKS > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def on_rank_0(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, which alone does it."""
+    result = [work() if RANK == 0 else None]
+    if RANKS > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
+
+
+def summed(values: Tensor) -> Tensor:
+    """In place: the sum over the ranks."""
+    if RANKS > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def as_on_rank_0(module: nn.Module) -> None:
+    """Gives every rank the weights and buffers of rank 0."""
+    for values in module.state_dict().values() if RANKS > 1 else ():
+        dist.broadcast(values, 0)
+
+
+def shard_bounds(n: int) -> list[int]:
+    """Where the rows of each rank begin, and n: whole pieces of the digest, so that each rank digests its own."""
+    pieces = math.ceil(n / DIGEST_ROWS)
+    return [min(n, pieces * rank // RANKS * DIGEST_ROWS) for rank in range(RANKS + 1)]
+
+
+class Shards:
+    """Embeddings (N, D) of which each rank holds the rows from its bound to the next, to be asked for by row."""
+
+    def __init__(self, mine: Tensor, bounds: list[int]):
+        self.mine, self.bounds = mine, bounds
+        self.shape, self.device = (bounds[-1], mine.shape[1]), mine.device
+
+    def to(self, device: torch.device) -> "Shards":
+        return Shards(self.mine.to(device), self.bounds)
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where those of the rows that this rank holds lie in `mine`."""
+        rows = rows.cpu()
+        return rows[(rows >= self.bounds[RANK]) & (rows < self.bounds[RANK + 1])] - self.bounds[RANK]
+
+    def exchange(self, wanted: list[Tensor]) -> Tensor:
+        """What this rank wants, where all know the rows that each of the first ranks wants: (b, D)."""
+        wanted = wanted + [torch.empty(0, dtype=torch.int64)] * (RANKS - len(wanted))
+        given = [self.places(rows) for rows in wanted]
+        holders = torch.bucketize(wanted[RANK].cpu(), torch.tensor(self.bounds[1:]), right=True)  # (b)
+        received = self.mine.new_empty(len(holders), self.shape[1])  # in the order of the ranks
+        dist.all_to_all_single(
+            received,
+            self.mine[torch.cat(given).to(self.device)],
+            torch.bincount(holders, minlength=RANKS).tolist(),
+            [len(places) for places in given],
+        )
+        return received[holders.argsort(stable=True).argsort().to(self.device)]
+
+    def __getitem__(self, rows) -> Tensor:
+        """Any rows, for rank 0 while the others `serve`."""
+        rows = on_rank_0(lambda: torch.as_tensor(rows).cpu())
+        return self.exchange([rows])
+
+    def serve(self) -> None:
+        """Gives rank 0 the rows that it asks for, until it says None."""
+        while (rows := on_rank_0(lambda: None)) is not None:
+            self.exchange([rows])
+
+
+def fetch(embeddings: Tensor | Shards, wanted: list[Tensor]) -> Tensor:
+    """Embeddings of the rows that this rank wants; `wanted` tells those of each of the first ranks."""
+    return embeddings.exchange(wanted) if isinstance(embeddings, Shards) else embeddings[wanted[0]]
+
+
+def to_rank_0(part: Tensor, sizes: list[int]) -> Tensor:
+    """On rank 0, the parts of the first ranks one after the other, of so many rows; elsewhere none."""
+    if RANKS == 1:
+        return part
+    sizes = sizes + [0] * (RANKS - len(sizes)) if RANK == 0 else [0] * RANKS
+    parts = part.new_empty(sum(sizes), *part.shape[1:])
+    dist.all_to_all_single(parts, part.contiguous(), sizes, [len(part)] + [0] * (RANKS - 1))
+    return parts
+
+
+def held_here(embeddings: Tensor | Shards, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The embeddings that this rank holds, and where those of `rows` that it has lie there."""
+    return (embeddings.mine, embeddings.places(rows)) if isinstance(embeddings, Shards) else (embeddings, rows)
+
+
+def turns(embeddings: Tensor | Shards, order: Tensor | None, size: int) -> Iterator[list[Tensor]]:
+    """The rows for each rank to work on next, at most `size`: in `order`, or where that is None, each rank's own."""
+    if order is None and isinstance(embeddings, Shards):
+        queues = [torch.arange(*ends).split(size) for ends in itertools.pairwise(embeddings.bounds)]
+        return map(list, itertools.zip_longest(*queues, fillvalue=torch.empty(0, dtype=torch.int64)))
+    order = torch.arange(len(embeddings), device=embeddings.device) if order is None else order
+    parts = order.split(size)
+    return (list(parts[i : i + RANKS]) for i in range(0, len(parts), RANKS))
+
+
 # ---------------------------------------------------------------- data
 
 
-def data_digest(embeddings: np.ndarray) -> str:
-    """SHA-256 of the shape of embeddings (N, D) and of the digests of their pieces: the same in embed_items.py."""
-    digest = hashlib.sha256(str(embeddings.shape).encode())
+def data_digest(embeddings: np.ndarray, n: int | None = None) -> str:
+    """SHA-256 of the shape of embeddings (N, D) and of the digests of their pieces: the same in embed_items.py.
+
+    With n, embeddings are the rows that this rank holds of n, and the digest is that of all n.
+    """
+    pieces = []
     for start in range(0, len(embeddings), DIGEST_ROWS):
         piece = np.ascontiguousarray(embeddings[start : start + DIGEST_ROWS], "<f4")
-        digest.update(hashlib.sha256(piece).digest())
-    return digest.hexdigest()
+        pieces.append(hashlib.sha256(piece).digest())
+    if n is not None:
+        pieces = itertools.chain(*gathered(pieces))
+    shape = (len(embeddings) if n is None else n, embeddings.shape[1])
+    return hashlib.sha256(str(shape).encode() + b"".join(pieces)).hexdigest()
 
 
 def names_digest(names: pl.Series) -> str:
@@ -297,6 +438,7 @@ class EmbeddingDataset(Dataset):
     """The embeddings of a catalogue as one tensor, with what names its items.
 
     embeddings (N, D) float32; parent_asin and labels (N) text: labels are titles, else the start of the text.
+    Of several processes, each reads its shard of the embeddings, and rank 0 alone the names and the labels.
     Reading a file that breaks the contract ends the run with a line that says how.
     """
 
@@ -311,24 +453,28 @@ class EmbeddingDataset(Dataset):
             named = [name for name in ("title", "item_context", "parent_asin") if columns.get(name) == pl.String]
             texts = pl.col(named).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH)
             label = pl.coalesce(texts) if named else pl.lit("")
-            table = file.select("parent_asin", label.alias("label")).collect()
-            if table.height == 0:
+            n = file.select(pl.len()).collect().item()
+            if n == 0:
                 fail(path, "no rows", again)
-            self.parent_asin = table["parent_asin"]
-            self.labels = table["label"].fill_null("")
-            self._check_names(path)
             metadata = pl.read_parquet_metadata(path)
             if num_rows is not None and num_rows < pl.scan_parquet(path, glob=False).select(pl.len()).collect().item():
                 metadata = {"rows_per_group": metadata.get("rows_per_group", "")}  # the digests are of all rows
             self.digest = metadata.get("vectors")  # data_digest, as embed_items.py saw it
-            if metadata.get("names", names_digest(self.parent_asin)) != names_digest(self.parent_asin):
-                fail(path, "damaged: its parent_asin are not those that were written", again)
+            if RANK == 0:
+                table = file.select("parent_asin", label.alias("label")).collect()
+                self.parent_asin = table["parent_asin"]
+                self.labels = table["label"].fill_null("")
+                self._check_names(path)
+                if metadata.get("names", names_digest(self.parent_asin)) != names_digest(self.parent_asin):
+                    fail(path, "damaged: its parent_asin are not those that were written", again)
             kind = columns["embedding"]
             if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
                 fail(path, f"embedding is {kind}, not a list of Float32", again)
             rows = metadata.get("rows_per_group", "")
-            rows = min(max(LEAST_ROWS_READ, int(rows)), table.height) if rows.isdecimal() else table.height
-            self.embeddings = self._read_vectors(file, rows, path)  # (N, D)
+            rows = min(max(LEAST_ROWS_READ, int(rows)), n) if rows.isdecimal() else n
+            bounds = shard_bounds(n)
+            vectors = self._read_vectors(file, bounds[RANK], bounds[RANK + 1], rows, path)
+            self.embeddings = Shards(vectors, bounds) if RANKS > 1 else vectors  # (N, D)
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
 
@@ -341,9 +487,9 @@ class EmbeddingDataset(Dataset):
             trouble = f"{repeated.sum()} duplicate parent_asin, the first is {first!r} in row {repeated.argmax()}"
             fail(path, trouble, "keep one row of each and run the three scripts again")
 
-    def _read_vectors(self, file: pl.LazyFrame, rows: int, path: Path) -> Tensor:
+    def _read_vectors(self, file: pl.LazyFrame, first: int, end: int, rows: int, path: Path) -> Tensor:
         """Fills the tensor piece by piece, several at once, as polars reads a column of lists on one core."""
-        again, n = "run embed_items.py again", len(self.parent_asin)
+        again, n = "run embed_items.py again", end - first
         lists = file.select(pl.col("embedding").cast(pl.List(pl.Float32)))
         dim = lists.head(1).collect().to_series().list.len().item()
         if not dim:
@@ -353,22 +499,23 @@ class EmbeddingDataset(Dataset):
 
         def read(start: int) -> None:
             piece = slice(start, start + rows)
-            column = lists.slice(start, rows).collect().to_series()
+            column = lists.slice(first + start, min(rows, n - start)).collect().to_series()
             odd[piece] = column.list.len().fill_null(0).to_numpy() != dim
             if not odd[piece].any():
                 vectors[piece] = column.list.to_array(dim).to_numpy()
 
         with ThreadPoolExecutor(READERS) as pool:
             list(pool.map(read, range(0, n, rows)))
-        if odd.any():
-            row = int(odd.argmax())
-            fail(path, f"{odd.sum()} embeddings are not of one dimension, the first in row {row}", again)
+        if count := sum(gathered(int(odd.sum()))):
+            row = min(gathered(first + int(odd.argmax()) if odd.any() else math.inf))
+            fail(path, f"{count} embeddings are not of one dimension, the first in row {row}", again)
         with np.errstate(over="ignore", invalid="ignore"):
             broken = ~np.isfinite(vectors.sum(axis=1))  # of these, some may only have too large a sum
         broken[broken] = ~np.isfinite(vectors[broken]).all(axis=1)
-        if broken.any():
-            first = self.parent_asin[int(broken.argmax())]
-            fail(path, f"{broken.sum()} NaN or infinite embeddings, the first is item {first!r}", again)
+        if count := sum(gathered(int(broken.sum()))):
+            row = min(gathered(first + int(broken.argmax()) if broken.any() else math.inf))
+            name = file.select("parent_asin").slice(row, 1).collect().item()
+            fail(path, f"{count} NaN or infinite embeddings, the first is item {name!r}", again)
         return torch.from_numpy(vectors)
 
     def __len__(self) -> int:
@@ -492,8 +639,8 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def end_step(self) -> None:
         """Equations of appendix A.1: N = decay N + (1 - decay) n, m = decay m + (1 - decay) sum, code = m / N."""
-        self.ema_counts.lerp_(self.step_counts, 1 - self.ema_decay)
-        self.ema_sums.lerp_(self.step_sums, 1 - self.ema_decay)
+        self.ema_counts.lerp_(summed(self.step_counts), 1 - self.ema_decay)
+        self.ema_sums.lerp_(summed(self.step_sums), 1 - self.ema_decay)
         # a code without items keeps its place: both averages fade together, until there is nothing left to divide
         counts = self.ema_counts.unsqueeze(1)  # (K, 1)
         self.codebook.copy_(torch.where(counts > 1e-6, self.ema_sums / counts, self.codebook))
@@ -629,7 +776,7 @@ class RQVAE(nn.Module):
         for quantizer in self.quantizers:
             book = quantizer.codebook
             distance = code_distances(residuals.flatten(0, 1), book).add_(residuals.square().sum(2).reshape(-1, 1))
-            distance = distance.reshape(len(residuals), -1)  # (B, W K)
+            distance = distance.reshape(len(residuals), residuals.shape[1] * len(book))  # (B, W K)
             best = distance.topk(min(width, distance.shape[1]), largest=False).indices  # (B, W of the next level)
             prefix, code = (best // len(book)).unsqueeze(2), best % len(book)
             codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
@@ -680,10 +827,17 @@ class RQVAE(nn.Module):
 
 
 def fit_standardisation(model: RQVAE, embeddings: Tensor) -> None:
-    """Sets the model's mean vector and scale that give embeddings (N, D) variance 1, on average over D."""
-    model.input_mean.copy_(embeddings.mean(0))
-    variance = embeddings.var(0, correction=0).mean()
-    alike = variance <= ROUNDING * embeddings.square().mean()  # nothing but rounding tells the items apart
+    """Sets the model's mean vector and scale that give embeddings (N, D) variance 1, on average over D.
+
+    Of several processes, each has some embeddings, or none.
+    """
+    share = len(embeddings) / sum(gathered(len(embeddings)))
+    x = embeddings if len(embeddings) else embeddings.new_zeros(1, embeddings.shape[1])
+    mean = x.mean(0)
+    model.input_mean.copy_(summed(mean * share))
+    # the variance of all is that within the ranks and that between them
+    variance = summed((x.var(0, correction=0) + (mean - model.input_mean).square()) * share).mean()
+    alike = variance <= ROUNDING * summed(x.square().mean() * share)  # nothing but rounding tells the items apart
     model.input_scale.copy_(torch.ones(()) if alike else variance.sqrt())
 
 
@@ -724,12 +878,14 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int)
 
 
 def start_quantizing(model: RQVAE, x: Tensor, optimizers: list[Optimizer], rows_per_step: int, seed: int) -> None:
-    """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D)."""
-    with torch.no_grad():
-        latents = torch.cat([model.encode(part) for part in x.split(rows_per_pass(x.device))])
-    if not latents.isfinite().all():
-        diverged("latents became NaN or infinite before k-means")
-    init_codebooks(model, rescale_latents(model, latents), rows_per_step, seed)
+    """Ends the plain autoencoder training: codebooks from k-means of the latents of x (M, D), which rank 0 does."""
+    if RANK == 0:
+        with torch.no_grad():
+            latents = torch.cat([model.encode(part) for part in x.split(rows_per_pass(x.device))])
+        if not latents.isfinite().all():
+            diverged("latents became NaN or infinite before k-means")
+        init_codebooks(model, rescale_latents(model, latents), rows_per_step, seed)
+    as_on_rank_0(model)
     for optimizer in optimizers:
         optimizer.state.clear()  # moments of another loss, and of the weights before the rescaling
 
@@ -752,6 +908,7 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> int:
 
     if unused.any():
         model.quantize(model.encode(x), before_level=revive)
+        as_on_rank_0(model)  # each has done the same, but perhaps on another kind of processor
     return int(unused.sum())
 
 
@@ -790,19 +947,20 @@ def code_statistics(codes: Tensor, codebook_size: int) -> CodeStatistics:
 
 @torch.inference_mode()
 def encode_catalogue(
-    model: RQVAE, embeddings: Tensor, width: int = SEARCH_WIDTH, order: Tensor | None = None
+    model: RQVAE, embeddings: Tensor | Shards, width: int = SEARCH_WIDTH, order: Tensor | None = None
 ) -> tuple[Tensor, Tensor, float]:
     """Latents (N, E) and codes (N, L) of embeddings (N, D), in `order` (N), and the mean norm of the last residual.
 
-    The codes are those of RQVAE.encode_to_semantic_ids with that width.
+    The codes are those of RQVAE.encode_to_semantic_ids with that width. Several processes take turns, and rank 0 gets
+    it all: in `order`, from the very batches of one process; without, in any order.
     """
-    order = torch.arange(len(embeddings), device=embeddings.device) if order is None else order
     parts, device = [], model.input_mean.device
-    for rows in order.split(rows_per_pass(device, width)):
-        x = embeddings[rows].to(device)
+    for wanted in turns(embeddings, order, rows_per_pass(device, width)):
+        x = fetch(embeddings, wanted).to(device)
         latents = model.encode(x)
         codes = model.search(latents, model.standardise(x), width)
-        parts.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
+        found = (latents, codes, (latents - model.decode_levels(codes)).norm(dim=1))
+        parts.append([to_rank_0(part, [len(rows) for rows in wanted]) for part in found])
     latents, codes, norms = (torch.cat(part) for part in zip(*parts, strict=True))
     return latents, codes, norms.mean().item()
 
@@ -825,7 +983,7 @@ def loss_metrics(prefix: str, terms: Tensor, config: RQVAEConfig) -> dict[str, f
 
 
 @torch.inference_mode()
-def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, float]:
+def validate(model: RQVAE, embeddings: Tensor | Shards, val_rows: Tensor) -> dict[str, float]:
     """Losses over the held-out rows, and the codes of the whole catalogue: embeddings (N, D), val_rows (V).
 
     With the narrower search of training, so that the codes of `export` differ a little and fit better; in float32, as
@@ -834,22 +992,28 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
     config, mlp_dtype = model.config, model.mlp_dtype
     model.mlp_dtype = torch.float32
     model.eval()
-    terms = 0.0
-    for rows in val_rows.split(rows_per_pass(embeddings.device)):
-        losses = model(model.standardise(embeddings[rows]))
+    terms = torch.zeros(3 + 2 * config.codebook_quantization_levels, device=embeddings.device)
+    here, places = held_here(embeddings, val_rows)
+    for rows in places.split(rows_per_pass(here.device)) if len(places) else ():
+        losses = model(model.standardise(here[rows]))
         terms = terms + loss_terms(losses, config) * (len(rows) / len(val_rows))
+    terms = summed(terms)
     _, codes, residual_norm = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)
     model.train()
     model.mlp_dtype = mlp_dtype
-    statistics = code_statistics(codes, config.codebook_size)
-    metrics = loss_metrics("val", terms, config) | {
-        "catalogue/distinct": statistics.distinct,
-        "catalogue/singleton": statistics.singleton,
-        "catalogue/residual_norm": residual_norm,
-    }
-    for level, (usage, perplexity) in enumerate(zip(statistics.usage, statistics.perplexity, strict=True)):
-        metrics |= {f"catalogue/usage_{level}": usage, f"catalogue/perplexity_{level}": perplexity}
-    return metrics
+
+    def metrics() -> dict[str, float]:
+        statistics = code_statistics(codes, config.codebook_size)
+        found = loss_metrics("val", terms, config) | {
+            "catalogue/distinct": statistics.distinct,
+            "catalogue/singleton": statistics.singleton,
+            "catalogue/residual_norm": residual_norm,
+        }
+        for level, (usage, perplexity) in enumerate(zip(statistics.usage, statistics.perplexity, strict=True)):
+            found |= {f"catalogue/usage_{level}": usage, f"catalogue/perplexity_{level}": perplexity}
+        return found
+
+    return on_rank_0(metrics)
 
 
 def progress_line(step: int, metrics: dict[str, float], speed: float, config: RQVAEConfig) -> str:
@@ -880,6 +1044,9 @@ def progress_line(step: int, metrics: dict[str, float], speed: float, config: RQ
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Ends the run where another one is writing `path`, or where nothing can be written; keeps others out meanwhile."""
+    if RANK:  # rank 0 writes
+        yield
+        return
     lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1080,12 +1247,22 @@ def count_within(codes: np.ndarray) -> np.ndarray:
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device and, in words, why."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if RANKS > 1:  # which have no way to talk on MPS
+        there["mps"] = False
+    best, why = name, "asked for"
     if name == "auto":
-        best = next(kind for kind, is_there in there.items() if is_there)
-        return torch.device(best), "the best one here"
-    if not there[name]:
+        best, why = next(kind for kind, is_there in there.items() if is_there), "the best one here"
+    if not there[best]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(name), "asked for"
+    if RANKS == 1:
+        return torch.device(best), why
+    if best == "cuda":
+        gpus = torch.cuda.device_count()
+        if gpus <= LOCAL_RANK:
+            trouble = f"more processes than the {gpus} GPUs of this machine"
+            fail("torchrun", trouble, "lower --nproc_per_node, or use --device cpu")
+        torch.cuda.set_device(LOCAL_RANK)
+    return torch.device(best, LOCAL_RANK) if best == "cuda" else torch.device(best), f"{why}; {RANKS} processes"
 
 
 def choose_dtype(device: torch.device, name: str) -> str:
@@ -1137,22 +1314,37 @@ def shuffled(rows: Tensor, epoch: int, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator, device=rows.device)]
 
 
-def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tensor, Tensor]:
+def shares(size: int) -> list[Tensor]:
+    """Places in a batch of `size` that each rank works on, after the place before them, which is only mixed with."""
+    return [torch.arange(size * rank // RANKS - 1, size * (rank + 1) // RANKS) % size for rank in range(RANKS)]
+
+
+def augment(
+    x: Tensor, model: RQVAE, noise: float, mixing: float, places: Tensor | None = None, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Training inputs and what they should become, standardised (B, D) both, of embeddings x (B, D) as stored.
 
     So that a small catalogue is not learned by heart, inputs are mixed in pairs with weights from Beta(mixing,
     mixing), as in mixup (arXiv:1710.09412), and drawn out to the variance they had; then noise is added that the
     reconstruction should not have, as in a denoising autoencoder.
+
+    With `places`, x is what lies there in a batch of `size`, and the first is only mixed with. Random numbers are
+    drawn for all the batch: so all ranks draw the same, which are those of one process, and none need be saved but
+    rank 0's state.
     """
     stretch = 1 / model.input_scale
+    size, places, mine = (len(x), slice(None), slice(None)) if places is None else (size, places, slice(1, None))
     if mixing:
         drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS cannot draw from Beta
         alpha = torch.tensor(mixing, device=drawn_on)
-        share = torch.distributions.Beta(alpha, alpha).sample((len(x), 1)).to(x)  # (B, 1)
+        share = torch.distributions.Beta(alpha, alpha).sample((size, 1)).to(x)[places]  # (B, 1)
         x = torch.lerp(x.roll(1, dims=0), x, share)
         stretch = stretch / (share.square() + (1 - share).square()).sqrt()
-    target = (x - model.input_mean).mul_(stretch)
-    return (torch.add(target, torch.randn_like(target), alpha=noise) if noise else target), target
+    target = (x - model.input_mean).mul_(stretch)[mine]
+    if not noise:
+        return target, target
+    drawn = torch.randn(size, x.shape[1], dtype=x.dtype, device=x.device)[places][mine]
+    return torch.add(target, drawn, alpha=noise), target
 
 
 class StepResult(NamedTuple):
@@ -1164,19 +1356,29 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, width: int
+    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor | Shards, rows: Tensor, noise: float, width: int
 ) -> StepResult:
     """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step.
 
-    `width` is that of RQVAE.forward: 0 for a step as a plain autoencoder.
+    `width` is that of RQVAE.forward: 0 for a step as a plain autoencoder. Of several processes, each works on its
+    share of every batch, with `model` wrapped; the result's terms add up to those of all, its codes are of the share.
     """
+    wrapped, model = model, getattr(model, "module", model)
     config, terms, codes = model.config, 0.0, []
     on_cpu = embeddings.device.type == "cpu"
     most = min(config.batch_size, ROWS_PER_CPU_PASS) if on_cpu else config.batch_size
-    for batch in rows.chunk(math.ceil(len(rows) / most)):  # of one size, so that each has rows to mix
-        share = len(batch) / len(rows)
-        losses = model(*augment(embeddings[batch], model, noise, config.input_mixing), width)
-        (losses.total * share).backward()
+    batches = rows.chunk(math.ceil(len(rows) / most))  # of one size, so that each has rows to mix
+    if len(batches[-1]) < RANKS:  # and each rank has some
+        batches = rows.tensor_split(min(len(batches), len(rows) // RANKS))
+    for number, batch in enumerate(batches, start=1):
+        wanted, part, share = [batch], {}, len(batch) / len(rows)
+        if RANKS > 1:
+            places = shares(len(batch))
+            wanted, part = [batch[each] for each in places], {"places": places[RANK], "size": len(batch)}
+            share = (len(places[RANK]) - 1) / len(rows)
+        with nullcontext() if wrapped is model or number == len(batches) else wrapped.no_sync():
+            losses = wrapped(*augment(fetch(embeddings, wanted), model, noise, config.input_mixing, **part), width)
+            (losses.total * (share * RANKS)).backward()  # the wrapper takes the mean over the ranks
         terms = terms + loss_terms(losses, config).detach() * share
         codes += [losses.quantized.codes] if width else []
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm or math.inf)
@@ -1193,6 +1395,7 @@ def step_metrics(steps: range, results: list[StepResult], config: RQVAEConfig) -
     """The last step's losses and gradient norms by name; ends the run where one of any step (S) is no number."""
     values = torch.stack([torch.cat([result.terms, result.gradient_norm.reshape(1)]) for result in results])
     values = values.float().cpu()  # (S, 4 + 2L)
+    values[:, :-1] = summed(values[:, :-1].clone())  # the gradient norm is the same on all ranks
     for step, row in zip(steps, values, strict=True):
         metrics = loss_metrics("train", row[:-1], config) | {"train/gradient_norm": row[-1].item()}
         for name, value in metrics.items():
@@ -1242,6 +1445,10 @@ def finishing_steps() -> Iterator[list[int]]:
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
+    except RuntimeError:
+        if RANKS > 1 and asked:  # torchrun ends this rank as another one, without which it cannot go on, has failed
+            raise SystemExit(130) from None
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -1288,11 +1495,13 @@ def final_step(folder: Path, config: dict, data: str) -> int:
     return final["step"] if final["data"] == data and same_flags(final["config"], config) else -1
 
 
-def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict | None, run) -> tuple[bool, float]:
+def train(
+    model: RQVAE, embeddings: Tensor | Shards, plan: Plan, data: str, resumed: dict | None, run
+) -> tuple[bool, float]:
     """Trains and writes the checkpoints; returns whether the last step was reached, and the lowest validation loss.
 
     embeddings (N, D) lie on the device and `data` names them in the checkpoints; `resumed` is the checkpoint to go
-    on from; `run` is W&B's.
+    on from; `run` is W&B's. Several processes take every step, every decision and every random number in common.
     """
     config, device, folder = model.config, embeddings.device, Path(model.config.checkpoint_dir)
     train_rows, val_rows = plan.train_rows.to(device), plan.val_rows.to(device)
@@ -1307,17 +1516,21 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
         states = resumed["optimizer_states"] + resumed["scheduler_states"]
         for each, state in zip(optimizers + schedulers, states, strict=True):
             each.load_state_dict(state)
-        usage.copy_(resumed["usage"])
+        if RANK == 0:  # the ranks' counts are summed where they are needed
+            usage.copy_(resumed["usage"])
         start, metrics = resumed["step"], resumed["metrics"]
-        if holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"]):
+        if on_rank_0(lambda: holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"])):
             lowest = resumed["lowest_val_loss"]
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = config.max_lr * rate_factor(start)  # another number of steps makes another schedule
         restore_random_states(resumed["random_states"])  # last: building a model draws from them
     else:
-        fit_standardisation(model, embeddings[train_rows])
+        here, places = held_here(embeddings, train_rows)
+        fit_standardisation(model, here[places])
 
     def save(name: str, step: int, **training) -> None:
+        if RANK:
+            return
         if not torch.stack([weight.isfinite().all() for weight in model.state_dict().values()]).all():
             diverged(f"a weight became NaN or infinite in step {step}")
         epoch = step // plan.steps_per_epoch
@@ -1325,6 +1538,10 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                         metrics=metrics, data=data)  # fmt: skip
 
     def save_numbered(step: int) -> None:
+        summed(usage)
+        if RANK:
+            usage.zero_()  # rank 0 keeps the sum
+            return
         save(f"checkpoint_step_{step}.pth", step, optimizer_states=[each.state_dict() for each in optimizers],
              scheduler_states=[each.state_dict() for each in schedulers], random_states=random_states(),
              usage=usage, lowest_val_loss=lowest, wandb_run_id=run.id,
@@ -1336,21 +1553,25 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
 
     model.train()
     last_log, last_time, order, order_epoch, unseen = start, time.perf_counter(), None, None, []
-    bar = tqdm(total=plan.total_steps, initial=start, desc="train", unit=" steps", smoothing=0.05)
+    wrapped, host = model, torch.device("cpu") if RANKS > 1 else device  # which tells the ranks who holds what
+    bar = tqdm(total=plan.total_steps, initial=start, desc="train", unit=" steps", smoothing=0.05, disable=RANK > 0)
     with finishing_steps() as asked_to_stop, bar:
         for step in range(start + 1, plan.total_steps + 1):
             epoch, place = divmod(step - 1, plan.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = shuffled(train_rows, epoch, config.seed), epoch
+                order, order_epoch = shuffled(train_rows, epoch, config.seed).to(host), epoch
             rows = order[place * plan.rows_per_step : (place + 1) * plan.rows_per_step]
             if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
                 start_quantizing(
-                    model, embeddings[train_rows[:KMEANS_ROWS]], optimizers, plan.rows_per_step, config.seed
+                    model, fetch(embeddings, [train_rows[:KMEANS_ROWS]]), optimizers, plan.rows_per_step, config.seed
                 )
             quantize = step > plan.autoencoder_steps
+            if RANKS > 1 and step in (start + 1, plan.autoencoder_steps + 1):
+                model.quantizers.requires_grad_(quantize)  # the wrapper waits for the gradients of all that require one
+                wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * plan.total_steps else 1
-            result = train_step(model, optimizers, embeddings, rows, noise, width if quantize else 0)
+            result = train_step(wrapped, optimizers, embeddings, rows, noise, width if quantize else 0)
             unseen.append(result._replace(codes=None))  # looked at where the host waits for the device anyway
             rate = schedulers[0].get_last_lr()[0]
             for scheduler in schedulers:
@@ -1360,12 +1581,13 @@ def train(model: RQVAE, embeddings: Tensor, plan: Plan, data: str, resumed: dict
                 early = step <= LAST_RESET * plan.total_steps
                 due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
                 if config.reset_unused_codes and early and due:
-                    reset_codes(model, embeddings[rows[: config.batch_size]], usage, optimizers[0])
+                    batch = [rows[: config.batch_size]] * RANKS
+                    reset_codes(model, fetch(embeddings, batch), summed(usage), optimizers[0])
                     usage.zero_()
 
             validating = quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps)
             logging = validating or step % config.steps_per_train_log == 0
-            stopping = bool(asked_to_stop) and step < plan.total_steps
+            stopping = summed(torch.tensor(len(asked_to_stop))).item() > 0 and step < plan.total_steps
             saving = stopping or step % config.steps_per_checkpoint == 0
             if logging or saving:
                 logged = step_metrics(range(step - len(unseen) + 1, step + 1), unseen, config)
@@ -1629,8 +1851,10 @@ def made_from(config: RQVAEConfig, data: str) -> dict[str, str]:
 def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConfig, run=None) -> None:
     """Encodes the whole catalogue, makes the IDs distinct, and writes, prints and sends to W&B what they are worth."""
     # in the order of their names, so that the IDs do not depend on the order of the rows
-    order = dataset.parent_asin.arg_sort().to_numpy().astype(np.int64)
+    order = on_rank_0(lambda: dataset.parent_asin.arg_sort().to_numpy().astype(np.int64))
     latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
+    if RANK:
+        return dataset.embeddings.serve()
     encoded = codes.cpu().numpy()
     start = time.perf_counter()
     written = make_distinct(model, dataset.embeddings, order, latents, encoded, config.collisions)
@@ -1646,6 +1870,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConf
     assert distinct == 1 or config.collisions == "keep", "two items have one ID"
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
+    on_rank_0(lambda: None)  # the others have served
     tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(config.ids_path) as ids_file:
         table.write_parquet(ids_file, metadata=made_from(config, data))
@@ -1748,7 +1973,8 @@ def upload_best(run, path: Path, config: RQVAEConfig) -> None:
 
 def read_digest(dataset: EmbeddingDataset, source: Path) -> str:
     """The data_digest of the embeddings; ends the run where it is not the one that their file tells."""
-    digest = data_digest(dataset.embeddings.numpy())
+    here = getattr(dataset.embeddings, "mine", dataset.embeddings)
+    digest = data_digest(here.numpy(), n=dataset.embeddings.shape[0])
     if dataset.digest not in (None, digest):
         fail(source, "damaged: its embeddings are not those that were written", "run embed_items.py again")
     return digest
@@ -1775,6 +2001,9 @@ def check_plan(plan: Plan, source: Path, config: RQVAEConfig) -> None:
     if config.use_kmeans_init and len(plan.train_rows) < config.codebook_size:
         trouble = f"{len(plan.train_rows)} training items, fewer than the {config.codebook_size} codes of k-means"
         fail(source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
+    if plan.rows_per_step < RANKS:
+        trouble = f"fewer items a step than the {RANKS} processes"
+        fail(f"--batch_size {config.batch_size}", trouble, "raise it, or start fewer")
     if plan.autoencoder_steps >= plan.total_steps:
         trouble = f"leaves no step of the {plan.total_steps} to train the codes"
         fail(f"--autoencoder_steps {plan.autoencoder_steps}", trouble, "lower it, or train longer")
@@ -1843,22 +2072,22 @@ def train_and_export(config: RQVAEConfig, dataset: EmbeddingDataset, device: tor
     plan = plan_training(n, config)
     check_plan(plan, source, config)
     data = read_digest(dataset, source)
-    if not config.overwrite and is_complete(config, dataset, data, plan.total_steps):
+    if not config.overwrite and on_rank_0(lambda: is_complete(config, dataset, data, plan.total_steps)):
         print(f"{folder / 'final_model.pth'} and {config.ids_path} are complete already: nothing to do; --overwrite "
               "trains again, --export_only writes the IDs again")  # fmt: skip
         return 0
-    resumed = find_resumed(folder, config, data) if config.resume else None
+    resumed = on_rank_0(lambda: find_resumed(folder, config, data)) if config.resume else None
     if resumed:  # by default these follow from the number of steps, which may be another now
         plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_plan(plan, source, config)
         if resumed["step"] >= plan.total_steps:
             print(f"nothing left to train: {resumed['step']} of {plan.total_steps} steps are done")
-            if not holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"]):
+            if not on_rank_0(lambda: holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"])):
                 fail(config.best_path, "gone, or another run's", "train again without --resume")
     elif numbered := numbered_checkpoints(folder):
         newest = next(iter(numbered.values()))
         warn(f"{newest} and what else an earlier run left there will be replaced; --resume would go on from it")
-    for path in folder.glob(".*.pth.tmp"):  # of a run that was killed as it saved
+    for path in folder.glob(".*.pth.tmp") if RANK == 0 else ():  # of a run that was killed as it saved
         path.unlink()
     torch.manual_seed(config.seed)
     model = make_model(config, device)
@@ -1873,16 +2102,19 @@ def train_and_export(config: RQVAEConfig, dataset: EmbeddingDataset, device: tor
         f"{plan.total_steps:,} steps of {plan.rows_per_step:,} items, {plan.steps_per_epoch} an epoch; "
         f"the first {plan.autoencoder_steps:,} as a plain autoencoder"
     )
-    run = start_wandb(config, asdict(config), resumed["wandb_run_id"] if resumed else None)
+    run_id = resumed["wandb_run_id"] if resumed else None
+    run = start_wandb(config, asdict(config), run_id) if RANK == 0 else wandb.init(mode="disabled")
     embeddings = dataset.embeddings.to(device)
     finished, lowest = train(model, embeddings, plan, data, resumed, run)
     if finished:
-        export(load_model(config.best_path, device), dataset, data, config, run)
-    if math.isfinite(lowest):  # else best_model.pth, if there is one, is of an earlier run
+        best = on_rank_0(lambda: load_model(config.best_path)).to(device)
+        export(best, dataset, data, config, run)
+    if RANK == 0 and math.isfinite(lowest):  # else best_model.pth, if there is one, is of an earlier run
         upload_best(run, config.best_path, config)
     run.finish()
     if not finished:
-        print(f"interrupted: saved in {folder}; go on with the same command and --resume", file=sys.stderr)
+        if RANK == 0:
+            print(f"interrupted: saved in {folder}; go on with the same command and --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -1892,6 +2124,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
     check_files(config)
+    if RANKS > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=LONGEST_WAIT)
     device, why = choose_device(config.device)
     with alone(config.ids_path), nullcontext() if config.export_only else alone(config.best_path):
         dataset = EmbeddingDataset(config.source, config.num_rows)
@@ -1900,7 +2134,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"device {device} ({why})")
         if not config.export_only:
             return train_and_export(config, dataset, device)
-        model = load_model(config.best_path, device)
+        model = on_rank_0(lambda: load_model(config.best_path)).to(device)
         check_model(config.best_path, model.config, config, dim)
         check_sizes(n, config.source, model.config, config.collisions)
         export(model, dataset, read_digest(dataset, config.source), config)
@@ -1914,7 +2148,13 @@ if __name__ == "__main__":
     try:
         status = main()
         print(end="", flush=True)
+        if RANKS > 1:
+            dist.destroy_process_group()
         sys.exit(status)
+    except RuntimeError:
+        if RANKS > 1:  # as a rule because another rank has gone
+            await_end()
+        raise
     except KeyboardInterrupt:
         print("interrupted: files written so far are whole", file=sys.stderr)
         sys.exit(130)
