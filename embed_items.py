@@ -29,7 +29,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -41,6 +41,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FORMAT_VERSION = 2
+KEY_BYTES = 16  # of what tells the tokens of one item from another's
 FINGERPRINT_ROWS, DIGEST_ROWS = 4096, 1024  # of texts and of vectors digested at once; part of the formats
 LIST_FLAGS = "--help lists the flags"
 LARGEST = 10**12  # of any number on the command line
@@ -52,7 +53,13 @@ ROWS_PER_GROUP = 8192  # of the parquet file, for train_rqvae.py to read several
 ROWS_READ, SLICE_ROWS = 2**12, 2**16  # of tokens or vectors, and of the catalogue (whole groups), in memory at once
 BATCHES_IN_FLIGHT = 16  # queued on a GPU before the host waits for their vectors
 
-IS_FIRST = os.environ.get("RANK", "0") == "0"  # torchrun numbers the processes it starts
+# what torchrun tells this process, of which only a run of this script makes use; rank 0 speaks and writes for all
+RANK, RANKS, LOCAL_RANK = (
+    int(os.environ.get(name, default)) if __name__ == "__main__" else default
+    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+)
+PATIENCE = 5  # seconds in which torchrun ends the ranks that are left when one has failed
+LONGEST_WAIT = timedelta(days=1)  # of ranks for one another: rank 0 alone puts the output together
 
 # ---------------------------------------------------------------- configuration
 
@@ -107,15 +114,23 @@ class EmbedConfig:
         return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
 
 
+def await_end() -> None:
+    """Gives torchrun the time to end this rank silently, where another one tells, or is, the cause of its trouble."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)
+
+
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     """Ends the run over wrong use or wrong input: one line on standard error, exit status 2."""
+    if RANK:  # what is wrong for all is told by rank 0
+        await_end()
     line = " ".join(f"error: {what}: {trouble}; {way_out}".split())
     tqdm.write(line, file=sys.stderr)  # on a line of its own, also where there is a progress bar
     raise SystemExit(2)
 
 
 def warn(message: str) -> None:
-    if IS_FIRST:
+    if RANK == 0:
         print("warning:", message, file=sys.stderr)
 
 
@@ -153,8 +168,9 @@ def check_files(config: EmbedConfig) -> None:
 
 if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    if IS_FIRST:
-        check_files(parse_config(None))
+    if RANK:
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115  open to the end
+    check_files(parse_config(None))
 
 import numpy as np
 import polars as pl
@@ -175,56 +191,45 @@ except ImportError:  # Windows, where nothing keeps two runs apart
 # ---------------------------------------------------------------- processes
 
 
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def agree(value: Any) -> Any:
-    """The first process's value, once all have come here."""
-    if not dist.is_initialized():
-        return value
-    try:
-        box = [value]
-        dist.broadcast_object_list(box)
+def from_rank_0(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, which alone does it, once all ranks have come here."""
+    result = [work() if RANK == 0 else None]
+    if RANKS > 1:
+        dist.broadcast_object_list(result)
         dist.barrier()
-        return box[0]
-    except RuntimeError:  # another process has ended, and told why
-        os._exit(1)
-
-
-@contextmanager
-def in_step() -> Iterator[None]:
-    """Lets the processes that torchrun started find one another; all but the first are silent."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the vectors take other ways: one may wait for long
-    if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
-    yield
-    dist.destroy_process_group()
+    return result[0]
 
 
 # ---------------------------------------------------------------- input
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """What tells a file from another one that replaced it: its size, and when it was written."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: tuple[int, int]) -> None:
+    """Ends the run where the file is no longer that of this stamp."""
+    if not path.exists() or stamp(path) != before:
+        fail(path, "replaced while this run was reading it", "run the same command again")
 
 
 class StoredRows(NamedTuple):
     """An array (N, W) inside an uncompressed npz, of which rows are read as they are needed."""
 
     path: Path
+    stamp: tuple[int, int]
     offset: int  # bytes before its first row
     shape: tuple[int, ...]
     dtype: np.dtype
 
     def read(self, rows: np.ndarray) -> np.ndarray:  # (B) -> (B, W)
+        check_unchanged(self.path, self.stamp)
         return np.asarray(np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[rows])
 
 
-def stored_rows(path: Path, archive: zipfile.ZipFile, name: str) -> StoredRows:
+def stored_rows(path: Path, before: tuple[int, int], archive: zipfile.ZipFile, name: str) -> StoredRows:
     """Where the npz holds an array; ValueError where it cannot be read in place."""
     info = archive.getinfo(f"{name}.npy")
     with archive.open(info) as member:
@@ -235,8 +240,8 @@ def stored_rows(path: Path, archive: zipfile.ZipFile, name: str) -> StoredRows:
         raise ValueError(f"{name} is compressed, or not laid out row by row")
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)  # where a zip member tells the lengths of its name and of its extra field
-        before = 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-    return StoredRows(path, info.header_offset + before + header, shape, dtype)
+        header += 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+    return StoredRows(path, before, info.header_offset + header, shape, dtype)
 
 
 class Tokens(NamedTuple):
@@ -274,16 +279,26 @@ def common_start(common: np.ndarray | None, ids: np.ndarray, starts: np.ndarray)
     return common
 
 
+def first_rows(keys: np.ndarray) -> np.ndarray:
+    """For each of the keys (N, 2) the first row with the same one: (N)."""
+    order = np.lexsort(keys.T)  # stable: of equal keys the first row comes first
+    begins = np.append(True, (keys[order[1:]] != keys[order[:-1]]).any(axis=1))  # (N) a group of equal ones
+    first = np.empty_like(order)
+    first[order] = order[begins][begins.cumsum() - 1]
+    return first
+
+
 def read_tokens(path: Path) -> Tokens:
     """Surveys the npz, piece by piece; ends the run where it is damaged or not of this format."""
     again = "run tokenize_items.py again"
     try:
+        before = stamp(path)
         with zipfile.ZipFile(path) as archive, np.load(path, allow_pickle=False) as npz:
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
             if "format_version" not in npz or int(npz["format_version"]) != FORMAT_VERSION:
                 fail(path, f"not of format {FORMAT_VERSION}", again)
-            ids, mask = (stored_rows(path, archive, name) for name in ("input_ids", "attention_mask"))
+            ids, mask = (stored_rows(path, before, archive, name) for name in ("input_ids", "attention_mask"))
             texts = {name: str(npz[name]) for name in ("model_name", "instruction", "fingerprint")}
             max_length, n = int(npz["max_length"]), int(npz["n_items"])
     except Exception as error:  # numpy, zipfile and the parser of numpy's header each raise their own
@@ -304,17 +319,16 @@ def read_tokens(path: Path) -> Tokens:
     if count := (lengths == 0).sum():
         fail(path, f"{count} items have no token, the first in row {lengths.argmin()}", again)
     tokens = Tokens(ids, mask, lengths, lengths, lengths, 0, 0, "", max_length=max_length, **texts)
-    common, bounds, digest, keys = None, [], hashlib.sha256(), []
+    common, bounds, keys = None, [], np.empty((n, KEY_BYTES // 8), dtype=np.uint64)
     for rows in pieces:
         flat, starts = tokens.of(rows)
         common = common_start(common, flat, starts)
         bounds += [int(flat.min()), int(flat.max())]
-        some = [hashlib.blake2b(flat[starts[i] : starts[i + 1]], digest_size=16).digest() for i in range(len(rows))]
-        digest.update(b"".join(some))
-        keys.append(pl.Series("key", some, dtype=pl.Binary))
-    first = pl.concat(keys).to_frame().with_row_index("row").select(pl.col("row").first().over("key"))
-    first = first.to_series().to_numpy()
-    return tokens._replace(first=first, common=common, low=min(bounds), top=max(bounds), digest=digest.hexdigest())
+        items = (flat[start:end] for start, end in itertools.pairwise(starts))
+        some = b"".join(hashlib.blake2b(item, digest_size=KEY_BYTES).digest() for item in items)
+        keys[rows] = np.frombuffer(some, dtype="<u8").reshape(len(rows), -1)
+    digest = hashlib.sha256(keys.astype("<u8", copy=False)).hexdigest()
+    return tokens._replace(first=first_rows(keys), common=common, low=min(bounds), top=max(bounds), digest=digest)
 
 
 def slices(path: Path, columns: list[str] | None = None, n: int | None = None) -> Iterator[pl.DataFrame]:
@@ -370,7 +384,12 @@ def choose_device(name: str) -> tuple[torch.device, str]:
         name = next(kind for kind, is_there in there.items() if is_there)
     if not there[name]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name), why
+    if RANKS == 1:
+        return torch.device(name), why
+    if name == "cuda" and torch.cuda.device_count() <= LOCAL_RANK:
+        trouble = f"more processes than the {torch.cuda.device_count()} GPUs of this machine"
+        fail("torchrun", trouble, "lower --nproc_per_node, or use --device cpu")
+    return torch.device(name, LOCAL_RANK if name == "cuda" else None), f"{why}; {RANKS} processes"
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -528,43 +547,48 @@ def replacing(path: Path) -> Iterator[Path]:
 class FinishedVectors:
     """The vectors that are finished, kept in a folder until the output is complete.
 
-    settings.json  what they depend on, written first
+    settings.json  what they depend on, written first and deleted first
     vectors-R      of the process of rank R: a record of row, checksum and vector for each, in the order they came
     """
 
     def __init__(self, folder: Path, dim: int):
-        self.folder, self.settings = folder, folder / "settings.json"
+        self.folder, self.settings_path, self.own = folder, folder / "settings.json", folder / f"vectors-{RANK}"
         self.record = np.dtype([("row", "<i8"), ("crc", "<u4"), ("vector", "<f4", (dim,))])
-        self.own = folder / f"vectors-{rank()}"
+
+    def settings(self) -> dict[str, str]:
+        """What the vectors there depend on; ends the run where that is damaged."""
+        try:
+            return dict(json.loads(self.settings_path.read_text()))
+        except (ValueError, TypeError, OSError) as error:
+            trouble = f"damaged ({first_line(error)})"
+            fail(self.settings_path, trouble, f"delete the folder {self.folder} to start over")
 
     def open(self, settings: dict[str, str]) -> None:
         """Makes the folder where there is none; ends the run where its vectors were made with other settings."""
-        with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
-            if not self.settings.exists():
-                with replacing(self.settings) as temporary:
-                    temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        try:
-            kept = dict(json.loads(self.settings.read_text()))
-        except (ValueError, TypeError, OSError) as error:
-            trouble = f"damaged ({first_line(error)})"
-            fail(self.settings, trouble, f"delete the folder {self.folder} to start over")
+        if not self.settings_path.exists():
+            self.delete()  # vectors of nobody knows what
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)
+            with replacing(self.settings_path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        kept = self.settings()
         if other := [name for name in settings | kept if settings.get(name) != kept.get(name)]:
             trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
+        with writing(self.folder):
+            for path in self.folder.glob("vectors-*"):  # without what a stop left of a last record
+                os.truncate(path, path.stat().st_size // self.record.itemsize * self.record.itemsize)
 
-    def start(self) -> None:
-        """Cuts off what a stop left of a last record of this process."""
-        with writing(self.own):
-            self.own.touch()
-            size = self.own.stat().st_size
-            os.truncate(self.own, size - size % self.record.itemsize)
+    def checksums(self, records: np.ndarray) -> np.ndarray:
+        """Of the rows and vectors of records (B): (B)."""
+        pairs = zip(records["row"].tolist(), records["vector"], strict=True)
+        return np.array([zlib.crc32(vector, row & 0xFFFFFFFF) for row, vector in pairs], dtype=np.uint32)
 
     def keep(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Adds the vectors (B, D) of rows (B)."""
         records = np.empty(len(rows), self.record)
         records["row"], records["vector"] = rows, vectors
-        records["crc"] = [zlib.crc32(vector) for vector in records["vector"]]
+        records["crc"] = self.checksums(records)
         with writing(self.own), open(self.own, "ab") as file:
             file.write(records)
 
@@ -580,8 +604,7 @@ class FinishedVectors:
                 records = np.fromfile(path, self.record, ROWS_READ, offset=start * self.record.itemsize)
                 if len(records) == 0:
                     break
-                sound = np.array([zlib.crc32(vector) for vector in records["vector"]]) == records["crc"]
-                sound &= (records["row"] >= 0) & (records["row"] < n)
+                sound = (self.checksums(records) == records["crc"]) & (records["row"] >= 0) & (records["row"] < n)
                 which[records["row"][sound]] = number
                 position[records["row"][sound]] = start + np.flatnonzero(sound)
         return files, which, position
@@ -595,6 +618,8 @@ class FinishedVectors:
         return vectors
 
     def delete(self) -> None:
+        with suppress(OSError):
+            self.settings_path.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -694,14 +719,13 @@ def embed_all(
     left = sum(map(len, batches))
     if left < len(distinct):
         print(f"{len(distinct) - left:,} items were finished by an earlier run, {left:,} are left")
-    batches = batches[rank() :: processes()]  # of nearly as many tokens each, so that none waits long for the others
+    batches = batches[RANK::RANKS]  # of nearly as many tokens each, so that none waits long for the others
     at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
-    finished.start()
     done, start = 0, time.perf_counter()
     # counted in tokens, because the longest items come first and items alone would make the time left too long
     total = sum(int(tokens.lengths[batch].sum()) for batch in batches)
-    name = "embed" if processes() == 1 else f"embed (1 of {processes()} processes)"
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=name, disable=rank() > 0) as progress:
+    name = "embed" if RANKS == 1 else f"embed (1 of {RANKS} processes)"
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc=name, disable=RANK > 0) as progress:
         for i in range(0, len(batches), at_once):
             vectors = [embed(model, tokens, batch, config, prefix) for batch in batches[i : i + at_once]]
             rows = np.concatenate(batches[i : i + at_once])
@@ -709,7 +733,7 @@ def embed_all(
             done += len(rows)
             progress.set_postfix_str(f"{done / (time.perf_counter() - start):,.1f} items/s", refresh=False)
             progress.update(int(tokens.lengths[rows].sum()))
-    agree(None)  # all have finished
+    from_rank_0(lambda: None)  # all have finished
     if left:
         print(f"{left / (time.perf_counter() - start):,.0f} items a second")
 
@@ -718,13 +742,12 @@ def embed_all(
 
 
 class Job(NamedTuple):
-    """What the first process finds out for all."""
+    """What rank 0 finds out for all."""
 
-    config: EmbedConfig  # with sizes that follow from the model and the device
+    config: EmbedConfig  # with names and sizes that follow from the tokens, the model and the device
     tokens: Tokens  # of the first num_rows items
-    dtype: str
+    catalogue_stamp: tuple[int, int]
     metadata: dict[str, str]  # of the output
-    is_complete: bool
     shares_start: bool  # whether the tokens that all items start with are read once
     is_done: np.ndarray  # (N) whose vectors an earlier run has finished
 
@@ -789,6 +812,7 @@ def write(job: Job, finished: FinishedVectors) -> None:
             row_group_size=ROWS_PER_GROUP,
             metadata=lambda _: job.metadata | {"vectors": digest.hexdigest(), "names": names.hexdigest()},  # at the end
         )
+        check_unchanged(config.catalogue_path, job.catalogue_stamp)
         if broken:
             finished.delete()
             trouble = f"{broken} items became NaN, infinite or zero with {job.metadata['model_name']} in"
@@ -800,27 +824,26 @@ def write(job: Job, finished: FinishedVectors) -> None:
 # ---------------------------------------------------------------- main
 
 
-def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job, PreTrainedModel]:
-    """Checks everything that is the same for all processes, and loads the model."""
+def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | None, PreTrainedModel]:
+    """Checks all that is the same for all ranks, and loads the model; no job where the output is complete."""
     tokens = read_tokens(config.tokens_path)
+    catalogue_stamp = stamp(config.catalogue_path)
     height = check_catalogue(config.catalogue_path, tokens, config.tokens_path)
     n = min(config.num_rows or len(tokens.lengths), len(tokens.lengths))
     tokens = tokens.head(n)
     print(f"{n:,} of {height:,} items of {config.catalogue_path}")
 
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if config.dtype == "auto":
+        config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
-    model = load_model(config.model_name, getattr(torch, dtype), device)
+    config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    model = load_model(config.model_name, getattr(torch, config.dtype), device)
     texts = next(slices(config.catalogue_path, ["item_context"], min(n, ITEMS_CHECKED)))
     check_fit(model, config.model_name, tokens, texts.to_series(), config.tokens_path)
     size = vector_size(model, config.model_name, tokens, config)
     print(f"{config.model_name}: {model.num_parameters() / 1e6:.1f} million parameters, vectors of {size}")
-    config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    print(
-        f"device {device} ({why}), dtype {dtype}, pooling {config.pooling}, batches of {config.tokens_per_batch} tokens"
-    )
+    print(f"device {device} ({why}), dtype {config.dtype}, pooling {config.pooling}, batches of "
+          f"{config.tokens_per_batch} tokens")  # fmt: skip
     if config.target_dim > size:
         print(f"target_dim {config.target_dim} is more than the model has: all {size} dimensions are kept")
         config.target_dim = size
@@ -831,54 +854,55 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job, P
         "weights": weights_digest(model),
         "instruction": tokens.instruction,
         "pooling": config.pooling,
-        "dtype": dtype,
+        "dtype": config.dtype,
         "target_dim": str(config.target_dim),
         "tokens": tokens.digest,
         "fingerprint": tokens.fingerprint,
+        "n_items": str(n),
     }
-    metadata = settings | {"n_items": str(n), "rows_per_group": str(ROWS_PER_GROUP)}
+    metadata = settings | {"rows_per_group": str(ROWS_PER_GROUP)}
     finished = FinishedVectors(config.partial, config.target_dim)
     if not config.overwrite and is_complete(config.target, config.catalogue_path, metadata):
         print(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
-        finished.delete()
-        return Job(config, tokens, dtype, metadata, True, False, np.ones(n, dtype=bool)), model
+        if finished.settings_path.exists() and finished.settings() == settings:
+            finished.delete()
+        return None, model
     finished.open(settings)
     _, which, _ = finished.places(n)
     if repeated := int((tokens.first != np.arange(n)).sum()):
         print(f"{repeated:,} items repeat the tokens of another: they are embedded once")
-    shares_start = shares_its_start(model, tokens, config)
-    return Job(config, tokens, dtype, metadata, False, shares_start, which >= 0), model
+    return Job(config, tokens, catalogue_stamp, metadata, shares_its_start(model, tokens, config), which >= 0), model
 
 
 def run(config: EmbedConfig, device: torch.device, why: str) -> None:
-    """All the work, with all processes in step, in a folder where no other run does the same."""
-    job, model = prepare(config, device, why) if rank() == 0 else (None, None)
-    job = agree(job)
-    if job.is_complete:
+    """All the work, with all ranks in step, in a folder where no other run does the same."""
+    job, model = prepare(config, device, why) if RANK == 0 else (None, None)
+    job = from_rank_0(lambda: job)
+    if job is None:
         return
-    model = model or load_model(job.config.model_name, getattr(torch, job.dtype), device)
+    model = model or load_model(job.config.model_name, getattr(torch, job.config.dtype), device)
     prefix = read_prefix(model, job.tokens.common) if job.shares_start else None
     finished = FinishedVectors(job.config.partial, job.config.target_dim)
     embed_all(model, job.tokens, job.config, prefix, finished, job.is_done)
-    if rank() == 0:
+    if RANK == 0:
         write(job, finished)
         finished.delete()
 
 
 def main(argv: list[str] | None = None) -> None:
-    with in_step():
-        config = parse_config(argv) if rank() == 0 else None
-        if rank() == 0:
-            check_files(config)
-            choose_device(config.device)
-        config = agree(config)
-        for name, value in asdict(config).items():
-            print(f"{name}: {value}")
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else a line for every retry without a network
-        transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
-        device, why = choose_device(config.device)
-        with alone(config.target) if rank() == 0 else nullcontext():
-            run(config, device, why)
+    config = parse_config(argv)
+    for name, value in asdict(config).items():
+        print(f"{name}: {value}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # else a line for every retry without a network
+    transformers_logging.disable_progress_bar()  # one bar is enough, and loading is short
+    check_files(config)
+    device, why = choose_device(config.device)
+    if RANKS > 1:
+        dist.init_process_group("gloo", timeout=LONGEST_WAIT)  # for a few words; the vectors go by way of the disk
+    with alone(config.target) if RANK == 0 else nullcontext():
+        run(config, device, why)
+    if RANKS > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
@@ -888,8 +912,12 @@ if __name__ == "__main__":
     try:
         main()
         print(end="", flush=True)
+    except RuntimeError:
+        if RANKS > 1:  # as a rule because another rank has gone
+            await_end()
+        raise
     except KeyboardInterrupt:
-        if IS_FIRST:
+        if RANK == 0:
             print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
         sys.exit(130)
     except OSError as error:

@@ -575,7 +575,7 @@ def told(tokens) -> tuple:
 
 def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
     path = with_earlier / "Tiny_tokenized.npz"
-    whole, sound = path.read_bytes(), embed_items.read_tokens(path)
+    whole, sound = path.read_bytes(), told(embed_items.read_tokens(path))
     with zipfile.ZipFile(path) as archive:
         directory = archive.start_dir
     header = whole.index(b"\x93NUMPY")
@@ -592,7 +592,7 @@ def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
             refusals += 1
         elif not isinstance(result, embed_items.Tokens):
             surprises[spot] = result
-        elif told(result) != told(sound):
+        elif told(result) != sound:
             surprises[spot] = "other tokens"
     assert not surprises
     assert refusals > len(spots) / 2
@@ -827,6 +827,65 @@ def test_damaged_vectors_are_embedded_again(stopped, reference):
     path.write_bytes(content[:-5])
     main(flags(stopped, "--tokens_per_batch", "600"))
     assert np.abs(read_vectors(stopped) - reference("qwen3", "last")).max() < 1e-5
+
+
+def test_a_vector_under_another_row_is_embedded_again(stopped, reference):
+    path = stopped / PARTIAL / "vectors-0"
+    records = np.fromfile(path, embed_items.FinishedVectors(stopped, 64).record)
+    records["row"][[3, 5]] = records["row"][[5, 3]]
+    records.tofile(path)
+    main(flags(stopped, "--tokens_per_batch", "600"))
+    assert np.abs(read_vectors(stopped) - reference("qwen3", "last")).max() < 1e-5
+
+
+def test_half_a_record_of_a_process_that_is_no_more_does_no_harm(stopped, reference):
+    (stopped / PARTIAL / "vectors-0").rename(stopped / PARTIAL / "vectors-7")
+    with open(stopped / PARTIAL / "vectors-7", "ab") as file:
+        file.write(b"half a record")
+    main(flags(stopped, "--tokens_per_batch", "600"))
+    assert np.abs(read_vectors(stopped) - reference("qwen3", "last")).max() < 1e-5
+
+
+def test_vectors_without_settings_are_nobodys(stopped, reference):
+    (stopped / PARTIAL / "settings.json").unlink()
+    main(flags(stopped, "--pooling", "mean"))
+    assert np.abs(read_vectors(stopped) - reference("qwen3", "mean")).max() < 1e-5
+
+
+def test_a_complete_output_leaves_the_vectors_of_another_run(qwen3_dir, monkeypatch, capsys):
+    main(flags(qwen3_dir))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(qwen3_dir, "--pooling", "mean", "--tokens_per_batch", "600"))
+    before = files_of(qwen3_dir)
+    main(flags(qwen3_dir))
+    assert "is complete already" in capsys.readouterr().out
+    assert files_of(qwen3_dir) == before
+
+
+def test_a_trial_leaves_the_vectors_of_a_stopped_run(stopped, refused):
+    assert "another n_items" in refused(main, flags(stopped, "--num_rows", "9"), stopped)
+
+
+@pytest.mark.parametrize("name", ["Tiny_items_updated.parquet", "Tiny_tokenized.npz"])
+def test_a_file_that_is_replaced_meanwhile_is_told(with_earlier, catalogue, monkeypatch, capsys, name):
+    keep = embed_items.FinishedVectors.keep
+
+    def replacing(finished, rows, vectors):
+        keep(finished, rows, vectors)
+        path = with_earlier / name
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+
+    monkeypatch.setattr(embed_items.FinishedVectors, "keep", replacing)
+    with pytest.raises(SystemExit) as exit_info:
+        main(flags(with_earlier, "--tokens_per_batch", "600"))
+    assert exit_info.value.code == 2
+    assert f"{with_earlier / name}: replaced while this run was reading it" in complaint(capsys.readouterr().err)
+    assert (with_earlier / "Tiny_items_with_embeddings.parquet").read_bytes() == b"earlier"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"7", b"\xff"])

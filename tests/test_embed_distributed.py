@@ -47,7 +47,7 @@ def folder(tokenized, tmp_path) -> Path:
 
 
 def flags(folder: Path, *more: str) -> list[str]:
-    argv = ["--category", "Tiny", "--data_dir", str(folder), "--device", "cpu", "--tokens_per_batch", "300"]
+    argv = ["--category", "Tiny", "--data_dir", str(folder), "--device", "cpu", "--tokens_per_batch", "60"]
     return [*argv, *more]
 
 
@@ -81,6 +81,7 @@ def workers(process: subprocess.Popen) -> list[int]:
     """The processes that torchrun started, in the order of their ranks."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     if not children.exists():
+        process.kill()
         pytest.skip("no /proc here to find the processes in")
     return [int(child) for child in children.read_text().split()]
 
@@ -140,6 +141,31 @@ def test_what_is_wrong_is_told_once(folder, kind):
     assert len(re.findall(r"^error: ", err, flags=re.M)) == 1, err
     assert not re.search(r"^  File .*embed_items\.py", err, flags=re.M), err
     assert not (folder / TARGET).exists()
+
+
+def test_a_full_disk_is_told_once(folder):
+    disk = folder.parent / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False) if shutil.which("mount") else None
+    if done is None or done.returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        shutil.copytree(folder, disk, dirs_exist_ok=True)
+        free = shutil.disk_usage(disk).free
+        (disk / "ballast").write_bytes(bytes(free - 24_000))
+        status, _, err = end(start(2, *flags(disk)))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert status != 0
+    assert len(re.findall(r"^error: .*cannot be written", err, flags=re.M)) == 1, err
+    assert not re.search(r"^  File .*embed_items\.py", err, flags=re.M), err
+
+
+def test_help_is_printed_once(folder):
+    status, out, err = end(start(2, "--help"))
+    assert status == 0, err
+    assert out.count("usage: ") == 1
 
 
 @pytest.mark.gpu
