@@ -262,10 +262,15 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
     return config
 
 
+def check_source(path: Path) -> None:
+    """Ends the run where the file of the embeddings is missing, or cannot be looked at."""
+    if not os.path.isfile(path):
+        fail(path, "not found", "run embed_items.py first")
+
+
 def check_files(config: RQVAEConfig) -> None:
-    """Ends the run where a file to read is missing, or cannot be looked at."""
-    if not os.path.isfile(config.source):
-        fail(config.source, "not found", "run embed_items.py first")
+    """The same for all files to read."""
+    check_source(config.source)
     if config.export_only and not os.path.isfile(config.best_path):
         fail(config.best_path, "not found", "train first, or name another --checkpoint_dir")
 
@@ -444,6 +449,7 @@ class EmbeddingDataset(Dataset):
 
     def __init__(self, path: str | Path, num_rows: int | None = None):
         path, again = Path(path), "run embed_items.py again"
+        check_source(path)
         try:
             file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
             columns = file.collect_schema()
@@ -465,7 +471,7 @@ class EmbeddingDataset(Dataset):
                 self.parent_asin = table["parent_asin"]
                 self.labels = table["label"].fill_null("")
                 self._check_names(path)
-                if metadata.get("names", names_digest(self.parent_asin)) != names_digest(self.parent_asin):
+                if metadata.get("names") not in (None, names_digest(self.parent_asin)):
                     fail(path, "damaged: its parent_asin are not those that were written", again)
             kind = columns["embedding"]
             if kind.base_type() not in (pl.List, pl.Array) or kind.inner not in (pl.Float32, pl.Float64):
@@ -1549,7 +1555,8 @@ def train(
         there = numbered_checkpoints(folder)
         kept = [number for number in there if number <= step][: config.keep_checkpoints]
         for number in there.keys() - kept:  # the oldest, and what an earlier run left that had come further
-            there[number].unlink(missing_ok=True)
+            with suppress(OSError):
+                there[number].unlink()
 
     model.train()
     last_log, last_time, order, order_epoch, unseen = start, time.perf_counter(), None, None, []
@@ -1586,14 +1593,14 @@ def train(
                     usage.zero_()
 
             validating = quantize and (step % config.steps_per_val_log == 0 or step == plan.total_steps)
-            logging = validating or step % config.steps_per_train_log == 0
+            is_logging = validating or step % config.steps_per_train_log == 0
             stopping = summed(torch.tensor(len(asked_to_stop))).item() > 0 and step < plan.total_steps
             saving = stopping or step % config.steps_per_checkpoint == 0
-            if logging or saving:
+            if is_logging or saving:
                 logged = step_metrics(range(step - len(unseen) + 1, step + 1), unseen, config)
                 logged["train/learning_rate"] = rate
                 unseen = []
-            if logging:
+            if is_logging:
                 now = time.perf_counter()
                 speed = (step - last_log) * plan.rows_per_step / (now - last_time)
                 last_log, last_time = step, now
@@ -2088,7 +2095,8 @@ def train_and_export(config: RQVAEConfig, dataset: EmbeddingDataset, device: tor
         newest = next(iter(numbered.values()))
         warn(f"{newest} and what else an earlier run left there will be replaced; --resume would go on from it")
     for path in folder.glob(".*.pth.tmp") if RANK == 0 else ():  # of a run that was killed as it saved
-        path.unlink()
+        with suppress(OSError):
+            path.unlink()
     torch.manual_seed(config.seed)
     model = make_model(config, device)
     model.mlp_dtype = getattr(torch, config.dtype)

@@ -95,16 +95,20 @@ def stages(tmp_path_factory, tiny_encoder) -> Stages:
     items = pl.DataFrame({"parent_asin": [f"B{i:04}" for i in range(N)], "item_context": texts})
     items.write_parquet(folder / "data" / "Tiny_items_updated.parquet")
     for stage in MAIN:
-        assert run_as_a_user(stages, stage, folder).wait() == 0
+        assert run_as_a_user(stages, stage, folder).wait(120) == 0, said(folder).read_text()
     return stages
 
 
-def run_as_a_user(stages: Stages, stage: str, folder: Path, *more: str, **options) -> subprocess.Popen:
+def run_as_a_user(stages: Stages, stage: str, folder: Path, *more: str) -> subprocess.Popen:
+    """Starts the script; what it prints goes to a file beside the folder."""
     command = [sys.executable, str(ROOT / SCRIPT[stage]), *stages.argv(stage, *more)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
-    )
+    with open(said(folder), "w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+def said(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 def run_here(stages: Stages, stage: str, folder: Path, *more: str) -> tuple[int, str]:
@@ -134,34 +138,23 @@ def complaint(errors: str) -> str:
 # ---------------------------------------------------------------- killed
 
 
-def wait_for_work(process: subprocess.Popen, folder: Path) -> float:
-    """Returns when the process holds its output, and so is past its imports; at once where it has ended."""
+def wait_for_work(process: subprocess.Popen, folder: Path, since: float) -> float:
+    """Returns when the process has opened its lock, and so is past its imports; at once where it has ended."""
     while process.poll() is None:
-        if any(is_held(path) for path in folder.rglob(".*.lock")):
+        if any(path.stat().st_mtime > since for path in folder.rglob(".*.lock")):  # opening it empties it
             break
         time.sleep(0.01)
     return time.perf_counter()
-
-
-def is_held(lock: Path) -> bool:
-    fcntl = pytest.importorskip("fcntl", reason="locks are a POSIX matter")
-    try:
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except FileNotFoundError:
-        pass
-    return False
 
 
 @pytest.mark.parametrize("stage", MAIN)
 def test_runs_killed_at_any_moment_end_with_the_same_bytes(stages, stage, tmp_path):
     wanted, draw = stages.wanted(stage), random.Random(KILLS)
     folder = stages.start(stage, tmp_path / "0")
+    since = time.time()
     process = run_as_a_user(stages, stage, folder)
-    began = wait_for_work(process, folder)
-    assert process.wait() == 0
+    began = wait_for_work(process, folder, since)
+    assert process.wait(120) == 0
     length = time.perf_counter() - began  # of the work, from the lock to the end
     kills, round_ = 0, 0
     while kills < KILLS:
@@ -169,8 +162,10 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(stages, stage, tmp_pa
         folder = stages.start(stage, tmp_path / str(round_))
         is_running = True
         while is_running and kills < KILLS:
+            since = time.time()
             process = run_as_a_user(stages, stage, folder)
-            wait_for_work(process, folder)
+            if draw.random() < 0.8:  # else perhaps as it starts
+                wait_for_work(process, folder, since)
             try:
                 process.wait(draw.uniform(0, length))
                 is_running = False
@@ -181,8 +176,7 @@ def test_runs_killed_at_any_moment_end_with_the_same_bytes(stages, stage, tmp_pa
             check_whole(folder, stage, wanted)
         if is_running:
             process = run_as_a_user(stages, stage, folder)
-            said, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, said
+            assert process.wait(120) == 0, said(folder).read_text()
         made = files_of(folder)
         assert {name: made[name] for name in wanted} == wanted
         assert set(made) <= {*INPUTS[stage], *files_of(stages.folder)}, "leftovers"
@@ -199,11 +193,12 @@ def check_whole(folder: Path, stage: str, wanted: dict[str, bytes]) -> None:
 def test_a_run_beside_another_leaves_and_disturbs_nothing(stages, tmp_path):
     for stage in MAIN:
         folder = stages.start(stage, tmp_path / stage)
+        since = time.time()
         first = run_as_a_user(stages, stage, folder)
-        wait_for_work(first, folder)
+        wait_for_work(first, folder, since)
+        time.sleep(0.1)  # from the lock's opening to its locking
         status, errors = run_here(stages, stage, folder)
-        said, _ = first.communicate(timeout=120)
-        assert first.returncode == 0, said
+        assert first.wait(120) == 0, said(folder).read_text()
         assert status == 2
         assert "another run is writing it" in complaint(errors)
         assert {name: (folder / name).read_bytes() for name in OUTPUTS[stage]} == stages.wanted(stage)
@@ -280,7 +275,7 @@ def test_damage_is_told_or_harmless(stages, stopped, stage, tmp_path_factory):
             check_right(stages, stage, folder, name)
         else:
             assert status == 2, errors
-            assert folder.name in complaint(errors) or "data/" in complaint(errors) or "checkpoints/" in errors
+            assert re.search(r"(data|checkpoints)/", complaint(errors))
             assert files_of(folder) == before
             refusals.append(harm)
         shutil.rmtree(folder.parent)
@@ -392,7 +387,7 @@ def test_what_is_wrong_is_told_before_slow_imports(stages, stage, more, tmp_path
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, flags=re.M))
-    assert {"numpy", "transformers"} & imported
+    assert "transformers" in imported
     assert not {"torch", "wandb", "sklearn", "transformers.modeling_utils"} & imported
 
 
@@ -436,8 +431,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(stages, stage, share, 
     assert (folder / OUTPUTS[stage][0]).read_bytes() == b"earlier"
     small_disk("remount,size=64m")
     process = run_as_a_user(stages, stage, folder)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
+    assert process.wait(120) == 0, said(folder).read_text()
     assert {name: (folder / name).read_bytes() for name in OUTPUTS[stage]} == stages.wanted(stage)
 
 

@@ -54,6 +54,15 @@ def test_the_chain_gives_every_item_one_distinct_id(tmp_path, data_dir, catalogu
     assert {path.name for path in tmp_path.iterdir()} == {"data", "checkpoints"}, "something was left beside them"
 
 
+def test_odd_texts_go_through_all_three_scripts(tmp_path, data_dir, tiny_encoder):
+    texts = ["x", "lamp " * 2_000_000, "🎮" * 50, "\x01\x02\x7f\x1b[2J", "\u200b", *["the same"] * 40]
+    items = pl.DataFrame({"parent_asin": [f"B{i}" for i in range(len(texts))], "item_context": texts})
+    items.write_parquet(data_dir / "Tiny_items_updated.parquet")
+    done = chain(str(tiny_encoder), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pl.read_parquet(data_dir / "Tiny_semantic_ids.parquet")["semantic_id"].n_unique() == len(texts)
+
+
 def test_the_chain_stops_at_the_first_failure(tmp_path, data_dir):
     before = files_of(tmp_path)
     done = chain(str(tmp_path / "nowhere"), tmp_path)
