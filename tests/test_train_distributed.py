@@ -200,7 +200,7 @@ def test_two_processes_train_the_model_of_one_step_by_step(pairs, ema):
         assert_same_model(one, two)
         assert one["metrics"].keys() == two["metrics"].keys()
         for name in set(one["metrics"]) - {"catalogue/distinct", "catalogue/singleton"}:
-            close = 3e-2 if "gradient_norm" in name else 2e-3  # one item midway between two codes shows in the norm
+            close = 3e-2 if "gradient_norm" in name else 1e-2  # one item midway between two codes shows
             assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=close, abs=1e-6), (step, name)
         for name in ("distinct", "singleton") if step >= 8 else ():
             numbers = [each["metrics"][f"catalogue/{name}"] for each in (one, two)]
@@ -208,7 +208,8 @@ def test_two_processes_train_the_model_of_one_step_by_step(pairs, ema):
         assert (one["usage"] - two["usage"]).abs().sum() <= 0.01 * one["usage"].sum()
         assert torch.equal(one["random_states"]["cpu"], two["random_states"]["cpu"])
         assert one["data"] == two["data"]
-    assert load(pair[0], STEPS)["metrics"]["train/total_loss"] < load(pair[0], 1)["metrics"]["train/total_loss"]
+    first, last = (load(pair[1], step)["metrics"]["train/reconstruction_loss"] for step in (1, STEPS))
+    assert last < first  # it learns, with total losses that the quantizers' add to from k-means on
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["gradient", "ema"])
