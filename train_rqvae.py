@@ -1575,7 +1575,9 @@ def train(
             quantize = step > plan.autoencoder_steps
             if RANKS > 1 and step in (start + 1, plan.autoencoder_steps + 1):
                 model.quantizers.requires_grad_(quantize)  # the wrapper waits for the gradients of all that require one
-                wrapped = DistributedDataParallel(model, forward_sync_buffers=False)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # of a new name that torch 2.11 does not know
+                    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
             noise = config.input_noise * (1 - (step - 1) / plan.total_steps)  # none at the end, for the codes to settle
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * plan.total_steps else 1
             result = train_step(wrapped, optimizers, embeddings, rows, noise, width if quantize else 0)
