@@ -1518,18 +1518,22 @@ def train(
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor) for optimizer in optimizers]
     start, lowest, metrics = 0, math.inf, {}
     if resumed:
-        model.load_state_dict(resumed["model_state_dict"])
-        states = resumed["optimizer_states"] + resumed["scheduler_states"]
-        for each, state in zip(optimizers + schedulers, states, strict=True):
-            each.load_state_dict(state)
-        if RANK == 0:  # the ranks' counts are summed where they are needed
-            usage.copy_(resumed["usage"])
         start, metrics = resumed["step"], resumed["metrics"]
         if on_rank_0(lambda: holds_best(config.best_path, resumed["config"], data, resumed["lowest_val_loss"])):
             lowest = resumed["lowest_val_loss"]
+        try:
+            model.load_state_dict(resumed["model_state_dict"])
+            states = resumed["optimizer_states"] + resumed["scheduler_states"]
+            for each, state in zip(optimizers + schedulers, states, strict=True):
+                each.load_state_dict(state)
+            if RANK == 0:  # the ranks' counts are summed where they are needed
+                usage.copy_(resumed["usage"])
+            restore_random_states(resumed["random_states"])  # after holds_best, as building a model draws from them
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            path, trouble = folder / f"checkpoint_step_{start}.pth", "what it holds of the training does not fit"
+            fail(path, f"{trouble} ({first_line(error)})", "delete it, for an earlier one to be used")
         for group in itertools.chain(*(optimizer.param_groups for optimizer in optimizers)):
             group["lr"] = config.max_lr * rate_factor(start)  # another number of steps makes another schedule
-        restore_random_states(resumed["random_states"])  # last: building a model draws from them
     else:
         here, places = held_here(embeddings, train_rows)
         fit_standardisation(model, here[places])
@@ -1859,6 +1863,7 @@ def made_from(config: RQVAEConfig, data: str) -> dict[str, str]:
 
 def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConfig, run=None) -> None:
     """Encodes the whole catalogue, makes the IDs distinct, and writes, prints and sends to W&B what they are worth."""
+    metadata = on_rank_0(lambda: made_from(config, data))  # before the long work: the model's file may be replaced
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = on_rank_0(lambda: dataset.parent_asin.arg_sort().to_numpy().astype(np.int64))
     latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
@@ -1882,7 +1887,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConf
     on_rank_0(lambda: None)  # the others have served
     tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(config.ids_path) as ids_file:
-        table.write_parquet(ids_file, metadata=made_from(config, data))
+        table.write_parquet(ids_file, metadata=metadata)
         quality["semantic_ids_sha256"] = hashlib.sha256(ids_file.read_bytes()).hexdigest()
         with replacing(config.quality_path) as quality_file:  # before the IDs take their place: both or none
             quality_file.write_text(json.dumps(quality, indent=1) + "\n")

@@ -1364,6 +1364,27 @@ def test_a_checkpoint_without_all_that_a_resume_needs_is_passed_over(unfinished,
     assert same_tensors(load(unfinished), load(trained))
 
 
+@pytest.mark.parametrize("key", ["optimizer_states", "scheduler_states", "random_states", "usage"])
+def test_a_checkpoint_of_another_training_state_is_refused(unfinished, refused, key):
+    path = checkpoints(unfinished) / "checkpoint_step_20.pth"
+    other = {"usage": torch.zeros(2, 2), "random_states": {}}.get(key, [])
+    torch.save(load(unfinished, path.stem) | {key: other}, path)
+    line = refused(unfinished, "--resume")
+    assert f"{path}: what it holds of the training does not fit" in line
+
+
+@pytest.mark.parametrize("change", [{"step": -5}, {"step": "20"}, {"model_state_dict": None}])
+def test_a_checkpoint_of_no_sound_model_or_step_is_passed_over(unfinished, trained, capsys, change):
+    path = checkpoints(unfinished) / "checkpoint_step_20.pth"
+    checkpoint = load(unfinished, path.stem)
+    if "model_state_dict" in change:
+        change = {"model_state_dict": checkpoint["model_state_dict"] | {"input_scale": torch.tensor(math.nan)}}
+    torch.save(checkpoint | change, path)
+    assert run(unfinished, "--resume") == 0
+    assert f"warning: {path} is damaged" in capsys.readouterr().err
+    assert same_tensors(load(unfinished), load(trained))
+
+
 def test_a_missing_best_model_is_refused(copy, refused):
     path = checkpoints(copy) / "best_model.pth"
     path.unlink()
