@@ -832,18 +832,20 @@ class RQVAE(nn.Module):
 # ---------------------------------------------------------------- initialisation and reset
 
 
-def fit_standardisation(model: RQVAE, embeddings: Tensor) -> None:
+def fit_standardisation(model: RQVAE, embeddings: Tensor, rows: Tensor | None = None) -> None:
     """Sets the model's mean vector and scale that give embeddings (N, D) variance 1, on average over D.
 
-    Of several processes, each has some embeddings, or none.
+    Of all rows, or of these; in float64, so that it does not matter how several processes share them.
     """
-    share = len(embeddings) / sum(gathered(len(embeddings)))
-    x = embeddings if len(embeddings) else embeddings.new_zeros(1, embeddings.shape[1])
-    mean = x.mean(0)
-    model.input_mean.copy_(summed(mean * share))
-    # the variance of all is that within the ranks and that between them
-    variance = summed((x.var(0, correction=0) + (mean - model.input_mean).square()) * share).mean()
-    alike = variance <= ROUNDING * summed(x.square().mean() * share)  # nothing but rounding tells the items apart
+    rows = torch.arange(len(embeddings), device=embeddings.device) if rows is None else rows
+    sums = torch.zeros(2, embeddings.shape[1], dtype=torch.float64)
+    for some in rows.split(rows_per_pass(embeddings.device)):
+        x = embeddings[some].cpu().double()
+        sums += torch.stack([x.sum(0), x.square().sum(0)])
+    mean, square = summed(sums) / sum(gathered(len(rows)))
+    variance = (square - mean.square()).mean()
+    alike = variance <= ROUNDING * square.mean()  # nothing but rounding tells the items apart
+    model.input_mean.copy_(mean)
     model.input_scale.copy_(torch.ones(()) if alike else variance.sqrt())
 
 
@@ -1536,7 +1538,7 @@ def train(
             group["lr"] = config.max_lr * rate_factor(start)  # another number of steps makes another schedule
     else:
         here, places = held_here(embeddings, train_rows)
-        fit_standardisation(model, here[places])
+        fit_standardisation(model, here, places)
 
     def save(name: str, step: int, **training) -> None:
         if RANK:

@@ -227,6 +227,18 @@ def test_two_processes_end_with_the_model_and_the_ids_of_one(pairs, ema):
     assert same > 0.99  # an item midway between two codes may fall to either
 
 
+def test_two_processes_equal_bit_for_bit_one_that_takes_each_batch_in_halves(tmp_path):
+    """Then all is rounded in the same order; noise and mixing would be drawn by the batch, and resets are too."""
+    one, two = new_folder(tmp_path / "one"), new_folder(tmp_path / "two")
+    flags = {"input_noise": 0, "input_mixing": 0, "reset_unused_codes": False, "max_steps": 60, "keep_checkpoints": 60}
+    run(1, one, batch_size=300, gradient_accumulation_steps=2, **flags)
+    run(2, two, batch_size=600, gradient_accumulation_steps=1, **flags)
+    for step in range(1, 61):
+        weights = [load(folder, step)["model_state_dict"] for folder in (one, two)]
+        assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items()), step
+    assert ids_of(one) == ids_of(two)
+
+
 @pytest.mark.parametrize(("ranks", "ema", "step"), [(1, False, 13), (2, True, 13)], ids=["2 to 1", "1 to 2"])
 def test_a_run_goes_on_with_another_number_of_processes(pairs, ranks, ema, step, tmp_path):
     pair = pairs(ema)
