@@ -614,7 +614,8 @@ class FinishedVectors:
         vectors = np.empty((len(which), *self.record["vector"].shape), dtype=np.float32)
         for number in np.unique(which):
             of_file = which == number
-            vectors[of_file] = np.memmap(files[number], self.record, "r")["vector"][position[of_file]]
+            table = np.memmap(files[number], "<f4", "r").reshape(-1, self.record.itemsize // 4)  # faster than records
+            vectors[of_file] = table[position[of_file]][:, -vectors.shape[1] :]
         return vectors
 
     def delete(self) -> None:
@@ -798,7 +799,7 @@ def write(job: Job, finished: FinishedVectors) -> None:
                 add_vectors(digest, vectors)
                 for some in piece["parent_asin"].to_frame().iter_slices(DIGEST_ROWS):
                     add_texts(names, some.to_series())
-                odd = ~(np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3)
+                odd = ~(np.abs(np.einsum("bd,bd->b", vectors, vectors) - 1) < 2e-3)
                 if odd.any() and not broken:
                     broken_name = piece["parent_asin"][int(odd.argmax())]
                 broken += int(odd.sum())
