@@ -9,6 +9,8 @@ Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
     python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 --max_lr 1e-2  # on a CPU
     python train_rqvae.py --category Video_Games --resume                           # go on after a stop
     python train_rqvae.py --category Video_Games --export_only                      # IDs from best_model.pth
+    python train_rqvae.py --category Video_Games --export_only \\
+        --keep_ids data/output/Video_Games_semantic_ids.parquet     # the same for the catalogue as it is now
     torchrun --nproc_per_node=8 train_rqvae.py --category Video_Games               # the same run on eight GPUs
 
 Before: embed_items.py. Paper: Rajput et al., Recommender Systems with Generative Retrieval (TIGER),
@@ -16,6 +18,7 @@ arXiv:2305.05065, section 3.1; the residual quantizer is Lee et al., arXiv:2203.
 Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes a level.
 """
 
+import base64
 import errno
 import hashlib
 import itertools
@@ -28,6 +31,7 @@ import sys
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -66,6 +70,9 @@ ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps
 EQUAL_LOSSES = 0.03  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
+MOVE_FROM = 1.05  # times the error of the best ID for it: what an item's kept ID may have before the item gets another
+LEAST_ERROR = 1e-3  # share of the variance; errors below count as this one there
+WORSE_FIT, FEWEST_JUDGED = 1.25, 30  # times the loss of held-out items, for so many new ones: the model is outdated
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
 RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
@@ -84,7 +91,8 @@ MODEL_FIELDS = (
 )
 FREE_FIELDS = {  # may differ between a run and the run that resumes it
     "data_dir", "checkpoint_dir", "device", "num_epochs", "max_steps", "steps_per_train_log", "steps_per_val_log",
-    "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "resume", "overwrite", "export_only", "collisions",
+    "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "resume", "overwrite", "export_only", "keep_ids",
+    "recycle_ids", "collisions",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -160,6 +168,11 @@ class RQVAEConfig:
     resume: bool = HfArg(default=False, help="Go on from the newest sound checkpoint in checkpoint_dir.")
     overwrite: bool = HfArg(default=False, help="Train again where this run is complete already.")
     export_only: bool = HfArg(default=False, help="Write the IDs from best_model.pth without training.")
+    keep_ids: str | None = HfArg(
+        default=None,
+        help="With --export_only: an earlier export of the same model, whose items keep their IDs while these fit.",
+    )
+    recycle_ids: bool = HfArg(default=False, help="With --keep_ids: give the IDs of vanished items out again.")
     collisions: Literal["assign", "suffix", "keep"] = HfArg(
         default="assign",
         help="Items with equal codes: assign each another last code, add one more code, or keep them equal.",
@@ -192,6 +205,16 @@ class RQVAEConfig:
             raise ValueError(f"--max_steps {self.max_steps}: must be at least 1 and at most {LARGEST:,}, or -1")
         if not all(1 <= width <= LARGEST for width in self.encoder_hidden_dims):
             raise ValueError(f"--encoder_hidden_dims {self.encoder_hidden_dims}: must each be 1 to {LARGEST:,}")
+        if self.keep_ids and not self.export_only:
+            raise ValueError(
+                "--keep_ids: give --export_only too, as the codes of a newly trained model mean other things"
+            )
+        if self.keep_ids and self.num_rows:
+            raise ValueError("--keep_ids: leave --num_rows out, or the IDs of all other items would count as vanished")
+        if self.keep_ids and self.collisions == "keep":
+            raise ValueError("--keep_ids: there is nothing to keep apart with --collisions keep")
+        if self.recycle_ids and not self.keep_ids:
+            raise ValueError("--recycle_ids: give --keep_ids too")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
 
@@ -273,6 +296,8 @@ def check_files(config: RQVAEConfig) -> None:
     check_source(config.source)
     if config.export_only and not os.path.isfile(config.best_path):
         fail(config.best_path, "not found", "train first, or name another --checkpoint_dir")
+    if config.keep_ids and not os.path.isfile(config.keep_ids):
+        fail(config.keep_ids, "not found", "name an earlier export, or leave --keep_ids out to give all items new IDs")
 
 
 if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
@@ -680,6 +705,11 @@ class Losses(NamedTuple):
     quantized: Quantized
 
 
+def reconstruction_loss(errors: Tensor) -> Tensor:
+    """That of items with these mean square errors (B): ()."""
+    return RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
+
+
 def mlp(sizes: list[int]) -> nn.Sequential:
     """Linear layers with a SiLU between each two."""
     layers = []
@@ -811,7 +841,7 @@ class RQVAE(nn.Module):
             quantized, vq = None, latents.new_zeros(())
         decoded = self.decoded(quantized.vectors if width else latents).float()
         errors = F.mse_loss(decoded, target, reduction="none").mean(1)  # (B)
-        reconstruction = RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
+        reconstruction = reconstruction_loss(errors)
         return Losses(reconstruction + vq, reconstruction, vq, quantized)
 
     @torch.no_grad()
@@ -1180,20 +1210,20 @@ def distances(x: np.ndarray, codebook: np.ndarray) -> np.ndarray:
     return (codebook**2).sum(1) - 2 * x @ codebook.T
 
 
-def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, capacity: int) -> np.ndarray:
-    """Moves items off codes that more than `capacity` share to the nearest with room, those that lose least first.
+def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Moves items off codes that more share than have `room` (K) to the nearest with room, those that lose least first.
 
     codes (n), residuals (n, E), codebook (K, E) -> codes (n).
     """
     codes = codes.copy()
     counts = np.bincount(codes, minlength=len(codebook))  # (K)
-    while counts.max() > capacity:
-        full = counts.argmax()
+    while (counts > room).any():
+        full = (counts - room).argmax()
         members = np.flatnonzero(codes == full)  # (m)
         cost = distances(residuals[members], codebook)  # (m, K)
-        loss = cost[:, counts < capacity].min(1) - cost[:, full]
-        for i in np.argsort(loss, kind="stable")[: counts[full] - capacity]:
-            target = np.where(counts < capacity, cost[i], np.inf).argmin()  # of those with room by now
+        loss = cost[:, counts < room].min(1) - cost[:, full]
+        for i in np.argsort(loss, kind="stable")[: counts[full] - room[full]]:
+            target = np.where(counts < room, cost[i], np.inf).argmin()  # of those with room by now
             codes[members[i]] = target
             counts[[full, target]] += [-1, 1]
     return codes
@@ -1204,31 +1234,42 @@ def assign_distinct(
     codes: np.ndarray,
     codebooks: np.ndarray,
     last_costs: Callable[[list[np.ndarray], np.ndarray], Iterable[np.ndarray]],
+    taken: np.ndarray,
 ) -> np.ndarray:
     """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> codes (N, L).
 
-    From the first level down, a prefix that more items share than IDs start with it gives some to the next
-    nearest, with the nearest codes below it. At the last level, the items of a prefix get different codes at the
-    least total cost (scipy.optimize.linear_sum_assignment): last_costs(groups, prefixes) yields those of n items with
-    each last code, (n, K), for groups of rows with their prefixes (groups, L - 1). Only prefixes with collisions
-    change. Needs N <= K^L.
+    They are none of taken (T, L), distinct IDs of others. From the first level down, a prefix that more items share
+    than there are IDs left below it gives some to the next nearest, with the nearest codes below it. At the last
+    level, the items of a prefix get different codes at the least total cost (scipy.optimize.linear_sum_assignment):
+    last_costs(groups, prefixes) yields those of n items with each last code, (n, K), for groups of rows with their
+    prefixes (groups, L - 1). Only prefixes with collisions change. Needs N + T <= K^L.
     """
-    codes, (levels, size, _) = codes.copy(), codebooks.shape
-    assert len(codes) <= size**levels, "more items than IDs"
-    parents = np.zeros(len(codes), dtype=np.int64)  # (N) one number for the codes above the level
+    n, (levels, size, _) = len(codes), codebooks.shape
+    assert n + len(taken) <= size**levels, "more items than IDs"
+    codes = np.concatenate([codes, taken])  # the taken ones only count
+    parents = np.zeros(len(codes), dtype=np.int64)  # (N + T) one number for the codes above the level
     for level in range(levels):
-        capacity = size ** (levels - 1 - level)  # IDs below each code of this level
-        _, keys, counts = np.unique(parents * size + codes[:, level], return_inverse=True, return_counts=True)
-        affected = np.flatnonzero(np.isin(parents, parents[counts[keys] > capacity]))
-        groups = [affected[group] for group in group_rows(parents[affected])]
+        capacity = min(
+            len(codes), size ** (levels - 1 - level)
+        )  # IDs below each code of this level, as far as it counts
+        prefixes = parents * size + codes[:, level]
+        _, keys, counts = np.unique(prefixes, return_inverse=True, return_counts=True)
+        affected = np.flatnonzero(np.isin(parents[:n], parents[counts[keys] > capacity]))
+        groups, others = [affected[group] for group in group_rows(parents[affected])], np.sort(prefixes[n:])
+
+        def room_below(rows: np.ndarray) -> np.ndarray:  # IDs left below each code (K), with the prefix of these rows
+            first = parents[rows[0]] * size  # noqa: B023  called in this turn of the loop only
+            return capacity - np.diff(np.searchsorted(others, first + np.arange(size + 1)))  # noqa: B023
+
         if level == levels - 1:
-            prefixes = codes[[group[0] for group in groups], :-1]
-            for group, cost in zip(groups, last_costs(groups, prefixes), strict=True):
-                codes[group, level] = linear_sum_assignment(cost)[1]
+            costs = last_costs(groups, codes[[group[0] for group in groups], :-1])
+            for rows, cost in zip(groups, costs, strict=True):
+                free = np.flatnonzero(room_below(rows))
+                codes[rows, level] = free[linear_sum_assignment(cost[:, free])[1]]
             break
         for rows in groups:
             left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
-            target = spill(codes[rows, level], left, codebooks[level], capacity)
+            target = spill(codes[rows, level], left, codebooks[level], room_below(rows))
             moved = target != codes[rows, level]
             rows, left = rows[moved], left[moved]
             codes[rows, level] = target[moved]
@@ -1236,17 +1277,24 @@ def assign_distinct(
                 left = left - codebooks[below - 1][codes[rows, below - 1]]
                 codes[rows, below] = distances(left, codebooks[below]).argmin(1)
         _, parents = np.unique(parents * size + codes[:, level], return_inverse=True)
-    return codes
+    return codes[:n]
 
 
-def count_within(codes: np.ndarray) -> np.ndarray:
-    """TIGER's suffix (section 3.1): codes (N, L) and a number that counts the items of equal codes, (N, L + 1)."""
-    keys = prefix_keys(codes, codes.shape[1])
+def count_within(codes: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """TIGER's suffix (section 3.1): codes (N, L) and a number that counts the items of equal codes, (N, L + 1).
+
+    It goes on from the largest in taken (T, L + 1), IDs of others.
+    """
+    levels = codes.shape[1]
+    keys = prefix_keys(np.concatenate([codes, taken[:, :levels]]), levels)
+    first = np.zeros(keys.max(initial=0) + 1, dtype=np.int64)  # (keys) the first number that is free
+    np.maximum.at(first, keys[len(codes) :], taken[:, levels] + 1)
+    keys = keys[: len(codes)]
     order = np.argsort(keys, kind="stable")
     starts = np.flatnonzero(np.diff(keys[order], prepend=-1))  # places in order where a group begins
     suffix = np.empty_like(keys)
     suffix[order] = np.arange(len(keys)) - np.repeat(starts, np.diff(starts, append=len(keys)))
-    return np.column_stack([codes, suffix])
+    return np.column_stack([codes, first[keys] + suffix])
 
 
 # ---------------------------------------------------------------- training
@@ -1748,7 +1796,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
     }
 
 
-# ---------------------------------------------------------------- export and report
+# ---------------------------------------------------------------- report
 
 
 def bar_chart(counts: list[int]) -> str:
@@ -1831,11 +1879,17 @@ def show_tree(tree: list[Example]) -> str:
 
 @torch.inference_mode()
 def make_distinct(
-    model: RQVAE, embeddings: Tensor, order: np.ndarray, latents: Tensor, codes: np.ndarray, collisions: str
+    model: RQVAE,
+    embeddings: Tensor,
+    order: np.ndarray,
+    latents: Tensor,
+    codes: np.ndarray,
+    collisions: str,
+    taken: np.ndarray,
 ) -> np.ndarray:
-    """The codes to write: embeddings (N, D); latents (N, E) and codes (N, L), both in `order` (N), as is the result.
+    """The codes to write, none of taken (T, L or L + 1): embeddings (N, D); order (M) some of its rows.
 
-    That is (N, L), with a suffix (N, L + 1).
+    latents (M, E) and codes (M, L) are in that order, as is the result, (M, L), with a suffix (M, L + 1).
     """
     last, device = model.quantizers[-1].codebook, latents.device
 
@@ -1853,8 +1907,173 @@ def make_distinct(
 
     if collisions == "assign":
         codebooks = np.stack([level.codebook.detach().cpu().double().numpy() for level in model.quantizers])
-        return assign_distinct(latents.cpu().numpy(), codes, codebooks, decoding_errors)
-    return count_within(codes) if collisions == "suffix" else codes
+        return assign_distinct(latents.cpu().numpy(), codes, codebooks, decoding_errors, taken)
+    return count_within(codes, taken) if collisions == "suffix" else codes
+
+
+# ---------------------------------------------------------------- IDs that stay
+
+
+def packed(codes: np.ndarray) -> str:
+    """Numbers (n, w) below 2^31 as text, for the metadata of a parquet file; sorted rows become few bytes each."""
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(codes.T, "<i4"))).decode()
+
+
+def unpacked(text: str, width: int) -> np.ndarray:
+    """What was packed: (n, width) int64."""
+    columns = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").reshape(width, -1)
+    return np.ascontiguousarray(columns.T, np.int64)
+
+
+def ids_digest(names: pl.Series, ids: np.ndarray) -> str:
+    """SHA-256 of the names of items and of their IDs (N, w)."""
+    return hashlib.sha256(names_digest(names).encode() + np.ascontiguousarray(ids, "<i4").tobytes()).hexdigest()
+
+
+class Earlier(NamedTuple):
+    """An earlier export beside the items of now (N), in their order; rows of -1 for those that it does not hold."""
+
+    ids: np.ndarray  # (N, w) as written: w is L, or L + 1 with a suffix
+    codes: np.ndarray  # (N, L) as encoded, before collisions were resolved
+    vanished: np.ndarray  # (V, w) IDs of items that are no more
+    retired: np.ndarray  # (R, w) IDs that it would not have given out either
+
+    @classmethod
+    def none(cls, n: int, levels: int, width: int) -> "Earlier":
+        nothing = np.empty((0, width), dtype=np.int64)
+        return cls(np.full((n, width), -1), np.full((n, levels), -1), nothing, nothing)
+
+
+def read_earlier(path: Path, names: pl.Series, metadata: dict[str, str], shape: RQVAEConfig) -> Earlier:
+    """The earlier export for items with these names (N); ends the run where it is damaged, or of another model.
+
+    `metadata` is what made_from says of the IDs to write.
+    """
+    levels, another = shape.codebook_quantization_levels, "name another export, or leave --keep_ids out for new IDs"
+    width = levels + (metadata["collisions"] == "suffix")
+    try:
+        found, table = pl.read_parquet_metadata(path), pl.read_parquet(path, glob=False)
+        for name in ("model", "collisions"):
+            if found.get(name) != metadata[name]:
+                trouble = f"not made with this {name}, so that its IDs mean other things"
+                fail(path, trouble, another if name == "model" else "give the same --collisions as then")
+        ids = table.select(pl.col(f"semantic_id_{level}").cast(pl.Int64) for level in range(width)).to_numpy()
+        if found["ids"] != ids_digest(table["parent_asin"], ids):
+            raise ValueError("its IDs are not those that were written")
+        codes, displaced = ids[:, :levels].copy(), unpacked(found["displaced"], 1 + levels)
+        codes[displaced[:, 0]] = displaced[:, 1:]
+        retired = unpacked(found["retired"], width)
+    except (
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        OSError,
+        ValueError,
+        KeyError,
+        zlib.error,
+    ) as error:
+        fail(path, f"damaged, or not an export with distinct IDs ({first_line(error)})", another)
+    there = pl.DataFrame({"parent_asin": table["parent_asin"]}).with_row_index("row")
+    row = pl.DataFrame({"parent_asin": names}).join(there, on="parent_asin", how="left", maintain_order="left")["row"]
+    known, row = row.is_not_null().to_numpy(), row.fill_null(0).to_numpy()
+    is_gone = np.ones(len(ids), dtype=bool)
+    is_gone[row[known]] = False
+    return Earlier(
+        np.where(known[:, None], ids[row], -1), np.where(known[:, None], codes[row], -1), ids[is_gone], retired
+    )
+
+
+@torch.inference_mode()
+def decoded_errors(model: RQVAE, embeddings: Tensor | Shards, rows: np.ndarray, codes: np.ndarray) -> Tensor:
+    """Mean square over D of what codes (M, L) miss of those rows (M) of embeddings (N, D), standardised: (M).
+
+    Their mean is the unexplained variance, as a share of that of the training items.
+    """
+    device, found = model.input_mean.device, [torch.empty(0)]
+    at_once = rows_per_pass(device, width=1)
+    for start in range(0, len(rows), at_once):
+        some = slice(start, start + at_once)
+        decoded = model.decoded(model.decode_levels(torch.from_numpy(codes[some]).to(device))).float()
+        found.append((model.standardise(embeddings[rows[some]].to(device)) - decoded).square().mean(1).cpu())
+    return torch.cat(found)
+
+
+class Given(NamedTuple):
+    """IDs, and what the next export has to know to keep them. All in the order that was asked for."""
+
+    ids: np.ndarray  # (N, w)
+    codes: np.ndarray  # (N, L) as encoded when the item got its ID
+    kept: np.ndarray  # (N) whether it had that ID before
+    known: np.ndarray  # (N) whether it had any
+    retired: np.ndarray  # (R, w) sorted
+
+
+def give_ids(
+    model: RQVAE,
+    embeddings: Tensor | Shards,
+    order: np.ndarray,
+    latents: Tensor,
+    codes: np.ndarray,
+    config: RQVAEConfig,
+    earlier: Earlier,
+) -> Given:
+    """An ID for each of embeddings (N, D): order (N) of its rows, latents (N, E) and codes (N, L) in that order.
+
+    An item keeps the ID that it had, unless the codes which that was given for decode worse than the best ones by now,
+    as when its text has become another. IDs of such items and of vanished ones are not given out again.
+    """
+    known = earlier.ids[:, 0] >= 0
+    kept, doubtful = known.copy(), np.flatnonzero(known & (earlier.codes != codes).any(1))
+    before, now = (
+        decoded_errors(model, embeddings, order[doubtful], some[doubtful]) for some in (earlier.codes, codes)
+    )
+    kept[doubtful] = before <= MOVE_FROM * now.clamp_min(LEAST_ERROR)
+    retired = np.concatenate([earlier.retired, earlier.vanished, earlier.ids[known & ~kept]])
+    retired = retired[np.lexsort(retired.T[::-1])] if not config.recycle_ids else retired[:0]
+    taken, rest = np.concatenate([earlier.ids[kept], retired]), np.flatnonzero(~kept)
+    free = model.config.codebook_size**model.config.codebook_quantization_levels - len(taken)
+    if config.collisions == "assign" and len(rest) > free:
+        trouble = f"{len(rest):,} items need an ID, and {max(0, free):,} are left beside those kept and retired"
+        fail(config.keep_ids, trouble, "give --recycle_ids too, or train again with more codes or levels")
+    ids = earlier.ids.copy()
+    ids[rest] = make_distinct(
+        model, embeddings, order[rest], latents[torch.from_numpy(rest)], codes[rest], config.collisions, taken
+    )
+    return Given(ids, np.where(kept[:, None], earlier.codes, codes), kept, known, retired)
+
+
+def keeping_quality(errors: Tensor, given: Given, vanished: int, held_out_loss: float) -> dict:
+    """Of an export with kept IDs, ready for JSON: errors (N) of its IDs as written, in the order of `given`."""
+    kept = torch.from_numpy(given.kept)
+    unexplained = [part.mean().item() if len(part) else None for part in (errors[kept], errors[~kept])]
+    judged = len(errors[~kept]) >= FEWEST_JUDGED and math.isfinite(held_out_loss)
+    return {
+        "kept": int(given.kept.sum()),
+        "changed": int((given.known & ~given.kept).sum()),
+        "new": int((~given.known).sum()),
+        "vanished": vanished,
+        "retired_ids": len(given.retired),
+        "unexplained_variance_of_kept": unexplained[0],
+        "unexplained_variance_of_others": unexplained[1],
+        "loss_of_others": reconstruction_loss(errors[~kept]).item() if judged else None,
+        "held_out_loss": held_out_loss if judged else None,
+    }
+
+
+def show_keeping(quality: dict) -> None:
+    counts = (f"{quality[name]:,}" for name in ("kept", "changed", "new", "vanished", "retired_ids"))
+    print("\n{} items keep their ID, {} have changed, {} are new and {} have vanished; "
+          "{} IDs are not given out again".format(*counts))  # fmt: skip
+    kept, others = (show(quality[f"unexplained_variance_of_{which}"], ".4f") for which in ("kept", "others"))
+    print(f"unexplained variance: {kept} of the items that keep their ID, {others} of the others")
+    loss, held_out = quality["loss_of_others"], quality["held_out_loss"]
+    if loss is not None and loss > WORSE_FIT * held_out:
+        warn(
+            f"the model no longer fits this catalogue (reconstruction loss {loss:.3f} of the changed and new items, "
+            f"{held_out:.3f} of those held out in its training): train again"
+        )
+
+
+# ---------------------------------------------------------------- export
 
 
 def made_from(config: RQVAEConfig, data: str) -> dict[str, str]:
@@ -1863,20 +2082,31 @@ def made_from(config: RQVAEConfig, data: str) -> dict[str, str]:
     return {"model": model, "embeddings": data, "collisions": config.collisions}
 
 
-def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConfig, run=None) -> None:
+def export(
+    model: RQVAE,
+    dataset: EmbeddingDataset,
+    data: str,
+    config: RQVAEConfig,
+    run=None,
+    held_out_loss: float = math.inf,
+) -> None:
     """Encodes the whole catalogue, makes the IDs distinct, and writes, prints and sends to W&B what they are worth."""
     metadata = on_rank_0(lambda: made_from(config, data))  # before the long work: the model's file may be replaced
     # in the order of their names, so that the IDs do not depend on the order of the rows
     order = on_rank_0(lambda: dataset.parent_asin.arg_sort().to_numpy().astype(np.int64))
+    levels = model.config.codebook_quantization_levels
+    earlier = Earlier.none(len(order), levels, levels + (config.collisions == "suffix"))
+    if config.keep_ids and RANK == 0:
+        earlier = read_earlier(Path(config.keep_ids), dataset.parent_asin[order], metadata, model.config)
     latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
     if RANK:
         return dataset.embeddings.serve()
     encoded = codes.cpu().numpy()
     start = time.perf_counter()
-    written = make_distinct(model, dataset.embeddings, order, latents, encoded, config.collisions)
+    given = give_ids(model, dataset.embeddings, order, latents, encoded, config, earlier)
     seconds = time.perf_counter() - start
     back = np.argsort(order)
-    encoded, written = encoded[back], written[back]  # both in input order from here on
+    encoded, written, before = encoded[back], given.ids[back], given.codes[back]  # all in input order from here on
 
     table = pl.DataFrame({"parent_asin": dataset.parent_asin}).with_columns(
         pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(written.T)
@@ -1884,8 +2114,17 @@ def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConf
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
     distinct = table["semantic_id"].n_unique() / len(table)
     assert distinct == 1 or config.collisions == "keep", "two items have one ID"
+    displaced = np.flatnonzero((written[:, :levels] != before).any(1))
+    metadata |= {  # for the next export to keep these IDs
+        "ids": ids_digest(dataset.parent_asin, written),
+        "displaced": packed(np.column_stack([displaced, before[displaced]])),
+        "retired": packed(given.retired),
+    }
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
+    if config.keep_ids:
+        errors = decoded_errors(model, dataset.embeddings, order, given.ids[:, :levels])
+        quality["keep_ids"] = keeping_quality(errors, given, len(earlier.vanished), held_out_loss)
     on_rank_0(lambda: None)  # the others have served
     tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(config.ids_path) as ids_file:
@@ -1894,18 +2133,21 @@ def export(model: RQVAE, dataset: EmbeddingDataset, data: str, config: RQVAEConf
         with replacing(config.quality_path) as quality_file:  # before the IDs take their place: both or none
             quality_file.write_text(json.dumps(quality, indent=1) + "\n")
 
-    levels = quality["levels"]
-    print(f"\n{len(table):,} items, {len(levels)} levels of {quality['codebook_size']} codes\n{level_table(levels)}")
+    print(
+        f"\n{len(table):,} items, {levels} levels of {quality['codebook_size']} codes\n{level_table(quality['levels'])}"
+    )
     any_two = show(quality["coherence_of_any_two"], ".3f")
     print("unexplained variance and cosine: of the reconstruction from the codes down to that level; coherence: mean")
     print(f"cosine of items that share them, {any_two} for any two items, over {COHERENCE_PAIRS:,} random pairs")
     print(f"\n{id_table(quality)}")
     if config.collisions == "assign":
-        print(f"{quality['moved']:.2%} of the items moved to another ID, found in {seconds:.1f} s")
+        print(f"{quality['moved']:.2%} of the items have another ID than the best, found in {seconds:.1f} s")
     print(f"mean norm of the last residual: {residual_norm:.3f}")
     whole = quality["sampled_items"] == len(table)
     print(f"recall is of {quality['recall_queries']:,} items", end="" if whole else "; ")
     print("" if whole else f"it and the reconstruction are of a sample of {quality['sampled_items']:,} items")
+    if config.keep_ids:
+        show_keeping(quality["keep_ids"])
     print(f"\nsome prefixes and their items:\n{show_tree(tree)}")
     print(f"\nwrote {config.ids_path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {config.quality_path}")
     if run:
@@ -2151,10 +2393,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"device {device} ({why})")
         if not config.export_only:
             return train_and_export(config, dataset, device)
-        model = on_rank_0(lambda: load_model(config.best_path)).to(device)
+        checkpoint, model = on_rank_0(lambda: read_checkpoint(config.best_path, "cpu"))
+        model = model.to(device)
         check_model(config.best_path, model.config, config, dim)
         check_sizes(n, config.source, model.config, config.collisions)
-        export(model, dataset, read_digest(dataset, config.source), config)
+        held_out_loss = checkpoint.get("metrics", {}).get("val/reconstruction_loss", math.inf)
+        held_out_loss = held_out_loss if model.config.val_split else math.inf  # that of training rows tells nothing
+        export(model, dataset, read_digest(dataset, config.source), config, held_out_loss=held_out_loss)
         return 0
 
 

@@ -969,14 +969,15 @@ def example(n: int, levels: int, size: int, seed: int) -> tuple[np.ndarray, np.n
     return latents, nearest_walk(latents, codebooks), codebooks
 
 
-def assigned(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray) -> np.ndarray:
-    """With the squared distances of the residuals as costs."""
+def assigned(latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray, taken=()) -> np.ndarray:
+    """With the squared distances of the residuals as costs, and none of the taken IDs."""
 
     def last_costs(groups, prefixes):
         above = [sum(book[code] for book, code in zip(codebooks, prefix, strict=False)) for prefix in prefixes]
         return [cdist(latents[group] - base, codebooks[-1]) ** 2 for group, base in zip(groups, above, strict=True)]
 
-    return train_rqvae.assign_distinct(latents, codes, codebooks, last_costs)
+    taken = np.array(taken, dtype=np.int64).reshape(-1, codes.shape[1])
+    return train_rqvae.assign_distinct(latents, codes, codebooks, last_costs, taken)
 
 
 @st.composite
@@ -1086,7 +1087,7 @@ def test_last_codes_are_those_that_decode_with_the_least_error(levels, monkeypat
     codes[:, -1] = 3  # the same for all but the level above it, which has room for its items
     if levels > 1:
         codes[:, -2] = np.arange(n) % SIZE
-    found = train_rqvae.make_distinct(model, x, order, latents, codes, "assign")
+    found = train_rqvae.make_distinct(model, x, order, latents, codes, "assign", codes[:0])
     assert np.array_equal(found[:, :-1], codes[:, :-1])
     for rows in train_rqvae.group_rows(train_rqvae.prefix_keys(codes, levels - 1)):
         every = np.repeat(codes[rows[:1]], SIZE, axis=0)
@@ -1098,7 +1099,7 @@ def test_last_codes_are_those_that_decode_with_the_least_error(levels, monkeypat
 
 def test_suffix_counts_the_items_of_equal_codes_in_their_order():
     codes = np.array([[1, 2], [0, 0], [1, 2], [0, 1], [1, 2], [0, 0]])
-    found = train_rqvae.count_within(codes)
+    found = train_rqvae.count_within(codes, np.empty((0, 3), dtype=np.int64))
     assert np.array_equal(found[:, :2], codes)
     assert found[:, 2].tolist() == [0, 0, 1, 0, 2, 1]
 
@@ -1107,7 +1108,8 @@ def test_suffix_counts_the_items_of_equal_codes_in_their_order():
 @given(catalogues())
 def test_suffix_is_the_rank_among_equals(catalogue):
     codes, seen = catalogue[1], Counter()
-    for row, suffix in zip(codes.tolist(), train_rqvae.count_within(codes)[:, -1], strict=True):
+    nothing = np.empty((0, codes.shape[1] + 1), dtype=np.int64)
+    for row, suffix in zip(codes.tolist(), train_rqvae.count_within(codes, nothing)[:, -1], strict=True):
         assert suffix == seen[tuple(row)]
         seen[tuple(row)] += 1
 
