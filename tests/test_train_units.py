@@ -1035,6 +1035,31 @@ def test_last_codes_have_the_least_cost_of_all_permutations(seed):
         assert sum(cost[i, found[rows[i], 1]] for i in items) == pytest.approx(least)
 
 
+@settings(max_examples=150, deadline=None)
+@given(catalogues(), st.floats(0, 1))
+def test_no_id_of_another_item_is_given_however_many_are_taken(catalogue, share):
+    latents, codes, codebooks = catalogue
+    levels, size, _ = codebooks.shape
+    every = np.array(list(itertools.product(range(size), repeat=levels)))
+    spare = len(every) - len(codes)  # at a share of 1, no ID is left over
+    taken = np.random.default_rng(len(codes)).permutation(every)[: round(share * spare)]
+    found = assigned(latents, codes, codebooks, taken)
+    assert found.shape == codes.shape
+    assert is_distinct(np.concatenate([found, taken]))
+    if is_distinct(np.concatenate([codes, taken])):
+        assert np.array_equal(found, codes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_last_codes_have_the_least_cost_of_all_that_are_free(seed):
+    latents, codes, codebooks = example(3, 2, 5, seed)
+    codes[:] = [0, 2]
+    found = assigned(latents, codes, codebooks, [[0, 2], [0, 4], [1, 0], [1, 1]])
+    cost = cdist(latents - codebooks[0][0], codebooks[1]) ** 2
+    least = min(sum(cost[range(3), way]) for way in itertools.permutations([0, 1, 3]))
+    assert sum(cost[range(3), found[:, 1]]) == pytest.approx(least)
+
+
 def test_prefixes_without_collisions_stay_bit_for_bit():
     latents, codes, codebooks = example(60, 3, 8, seed=1)
     prefixes = [tuple(row) for row in codes[:, :2].tolist()]
@@ -1112,6 +1137,21 @@ def test_suffix_is_the_rank_among_equals(catalogue):
     for row, suffix in zip(codes.tolist(), train_rqvae.count_within(codes, nothing)[:, -1], strict=True):
         assert suffix == seen[tuple(row)]
         seen[tuple(row)] += 1
+
+
+def test_suffix_goes_on_from_those_that_are_taken():
+    codes = np.array([[1, 2], [0, 0], [1, 2], [3, 3]])
+    taken = np.array([[1, 2, 5], [1, 2, 0], [0, 0, 0], [2, 2, 9]])
+    assert train_rqvae.count_within(codes, taken)[:, 2].tolist() == [6, 1, 7, 0]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 5), st.integers(0, 2**31 - 1))
+def test_packed_numbers_come_back(n, width, top):
+    numbers = np.random.default_rng(n).integers(top, size=(n, width), endpoint=True)
+    found = train_rqvae.unpacked(train_rqvae.packed(numbers), width)
+    assert found.dtype == np.int64
+    assert np.array_equal(found, numbers)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
