@@ -2048,7 +2048,7 @@ def keeping_quality(errors: Tensor, given: Given, vanished: int, held_out_loss: 
     judged = len(errors[~kept]) >= FEWEST_JUDGED and math.isfinite(held_out_loss)
     return {
         "kept": int(given.kept.sum()),
-        "changed": int((given.known & ~given.kept).sum()),
+        "moved": int((given.known & ~given.kept).sum()),
         "new": int((~given.known).sum()),
         "vanished": vanished,
         "retired_ids": len(given.retired),
@@ -2060,15 +2060,15 @@ def keeping_quality(errors: Tensor, given: Given, vanished: int, held_out_loss: 
 
 
 def show_keeping(quality: dict) -> None:
-    counts = (f"{quality[name]:,}" for name in ("kept", "changed", "new", "vanished", "retired_ids"))
-    print("\n{} items keep their ID, {} have changed, {} are new and {} have vanished; "
+    counts = (f"{quality[name]:,}" for name in ("kept", "moved", "new", "vanished", "retired_ids"))
+    print("\n{} items keep their ID, {} moved to another, {} are new and {} have vanished; "
           "{} IDs are not given out again".format(*counts))  # fmt: skip
     kept, others = (show(quality[f"unexplained_variance_of_{which}"], ".4f") for which in ("kept", "others"))
     print(f"unexplained variance: {kept} of the items that keep their ID, {others} of the others")
     loss, held_out = quality["loss_of_others"], quality["held_out_loss"]
     if loss is not None and loss > WORSE_FIT * held_out:
         warn(
-            f"the model no longer fits this catalogue (reconstruction loss {loss:.3f} of the changed and new items, "
+            f"the model no longer fits this catalogue (reconstruction loss {loss:.3f} of the new and moved items, "
             f"{held_out:.3f} of those held out in its training): train again"
         )
 
@@ -2141,7 +2141,7 @@ def export(
     print(f"cosine of items that share them, {any_two} for any two items, over {COHERENCE_PAIRS:,} random pairs")
     print(f"\n{id_table(quality)}")
     if config.collisions == "assign":
-        print(f"{quality['moved']:.2%} of the items have another ID than the best, found in {seconds:.1f} s")
+        print(f"{quality['moved']:.2%} of the items have another ID than as encoded, found in {seconds:.1f} s")
     print(f"mean norm of the last residual: {residual_norm:.3f}")
     whole = quality["sampled_items"] == len(table)
     print(f"recall is of {quality['recall_queries']:,} items", end="" if whole else "; ")

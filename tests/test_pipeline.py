@@ -100,6 +100,10 @@ def test_no_script_imports_another(script):
     assert not re.search(rf"^\s*(from|import)\s+({others})\b", source, flags=re.M)
 
 
+def readme_snippets() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+
+
 def test_readme_snippet_turns_amazon_metadata_into_a_catalogue(tmp_path, monkeypatch, tiny_encoder, run_script):
     rows = [
         {
@@ -124,8 +128,7 @@ def test_readme_snippet_turns_amazon_metadata_into_a_catalogue(tmp_path, monkeyp
     (tmp_path / "meta_Video_Games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "data" / "output").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
-    exec(snippet, {})
+    exec(readme_snippets()[0], {})
     written = pl.read_parquet("data/output/Video_Games_items_updated.parquet")
     assert written["parent_asin"].to_list() == ["A1", "A2", "A4"]
     assert written["item_context"].to_list() == [
@@ -135,6 +138,32 @@ def test_readme_snippet_turns_amazon_metadata_into_a_catalogue(tmp_path, monkeyp
     ]
     done = run_script("tokenize_items.py", "--model_name", str(tiny_encoder), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_readme_snippet_finds_items_by_their_ids_and_makes_tokens(tmp_path, monkeypatch):
+    codes = [(12, 201, 77), (12, 201, 78), (120, 3, 0), (0, 255, 255)]
+    ids = {
+        f"semantic_id_{level}": pl.Series(column, dtype=pl.Int32)
+        for level, column in enumerate(zip(*codes, strict=True))
+    }
+    ids = pl.DataFrame({"parent_asin": list("ABCD")} | ids).with_columns(
+        pl.Series("semantic_id", ["-".join(map(str, each)) for each in codes])
+    )
+    (tmp_path / "data" / "output").mkdir(parents=True)
+    ids.write_parquet(tmp_path / "data" / "output" / "Sample_semantic_ids.parquet")
+    titles = pl.DataFrame({"parent_asin": list("DCBA"), "title": ["four", "three", "two", "one"]})
+    titles.write_parquet(tmp_path / "data" / "output" / "Sample_items_updated.parquet")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(readme_snippets()[1], names)
+    assert names["same_id"]["title"].to_list() == ["one"]
+    assert names["same_prefix"]["title"].to_list() == ["one", "two"]
+    made = names["items"]["tokens"].to_list()
+    assert made[0] == "<|sid_12|><|sid_457|><|sid_589|>"
+    assert made[3] == "<|sid_0|><|sid_511|><|sid_767|>"
+    vocabulary = names["vocabulary"]
+    assert len(vocabulary) == len(set(vocabulary)) == 768
+    assert {part + ">" for text in made for part in text.split(">")[:-1]} <= set(vocabulary)
 
 
 def test_sample_catalogue_is_what_its_script_writes(tmp_path):

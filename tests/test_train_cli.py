@@ -467,7 +467,7 @@ def test_every_number_of_levels_has_its_report(tmp_path, capsys, levels, collisi
     assert len(quality_of(folder)["levels"]) == levels
     text = capsys.readouterr().out
     assert len(re.findall(r"^ +\d+ +[\d.]+% +\d+ +[\d.]+ +[\d.]+ +\d+ ", text, flags=re.MULTILINE)) == levels
-    assert ("moved to another ID" in text) == (collisions == "assign")
+    assert ("another ID than as encoded" in text) == (collisions == "assign")
 
 
 def test_more_codes_than_bars_share_them_evenly(recorder):

@@ -260,6 +260,18 @@ def test_the_same_model_gives_the_same_ids_to_the_byte(pairs, tmp_path):
         out = run(ranks, folder, "--export_only", collisions="assign")
     assert files_of(folders[0] / "data") == files_of(folders[1] / "data")
     assert out.count("recall@10") == 1  # told by one of them
+    renamed = pl.when(pl.int_range(pl.len()) < 200).then(pl.concat_str(pl.lit("A"), "parent_asin"))
+    for ranks, folder in zip((1, 3), folders, strict=True):  # a day later, some items have gone and others come
+        new_folder(
+            tmp_path / f"day-{ranks}",
+            catalogue()[100:].with_columns(renamed.otherwise("parent_asin").alias("parent_asin")),
+        )
+        source(tmp_path / f"day-{ranks}").replace(source(folder))
+        out = run(
+            ranks, folder, "--export_only", collisions="assign", keep_ids=folder / "data" / "Tiny_semantic_ids.parquet"
+        )
+    assert files_of(folders[0] / "data") == files_of(folders[1] / "data")
+    assert "2,700 items keep their ID, 0 moved to another, 200 are new and 300 have vanished" in out
 
 
 def test_a_rank_without_items_and_a_last_batch_smaller_than_the_ranks(tmp_path):

@@ -136,7 +136,7 @@ def test_items_keep_their_ids_whatever_comes_goes_and_moves_in_the_file(folder, 
     assert len(set(after.values())) == len(after)
     assert not {before[name] for name in gone} & set(after.values())
     found = keeping(folder)
-    counts = {"kept": 270, "changed": 0, "new": 100, "vanished": 30, "retired_ids": 30}
+    counts = {"kept": 270, "moved": 0, "new": 100, "vanished": 30, "retired_ids": 30}
     assert {name: found[name] for name in counts} == counts
 
 
@@ -231,7 +231,7 @@ def test_a_changed_item_moves_once_another_id_fits_it_better(roomy):
     assert all(moved[row] for row in range(20) if worse[row])
     assert not any(moved[20:])
     assert not set(before.values()) & {after[name] for name, is_moved in zip(names, moved, strict=True) if is_moved}
-    assert keeping(roomy)["changed"] == keeping(roomy)["retired_ids"] == sum(moved)
+    assert keeping(roomy)["moved"] == keeping(roomy)["retired_ids"] == sum(moved)
 
 
 def test_vectors_that_differ_by_rounding_move_nothing_not_even_items_that_had_collided(folder):
@@ -274,7 +274,7 @@ def test_figures_are_those_of_the_ids_that_were_written(folder, capsys):
     assert found["unexplained_variance_of_kept"] == pytest.approx(off[:N].mean().item(), rel=1e-4)
     assert found["unexplained_variance_of_others"] == pytest.approx(off[N:].mean().item(), rel=1e-4)
     out = capsys.readouterr()
-    assert "300 items keep their ID, 0 have changed, 60 are new and 0 have vanished" in out.out
+    assert "300 items keep their ID, 0 moved to another, 60 are new and 0 have vanished" in out.out
     assert "no longer fits" not in out.err  # they come from the centres that the model has learned
 
 
