@@ -42,6 +42,7 @@ LIST_FLAGS = "--help lists the flags"
 LARGEST = 10**12  # of any number on the command line
 END_OF_TEXT = "<|endoftext|>"  # Qwen3-Embedding reads its vector off this last token
 TEXTS_PER_CALL = 2048  # enough for the tokenizer's own threads to share, few enough to hold
+ROWS_PER_WRITE = 1024  # padded at once: all of them would be many times the tokens
 MANY_TRUNCATED = 0.05
 
 # ---------------------------------------------------------------- configuration
@@ -190,11 +191,11 @@ def tokenize(texts: pl.Series, tokenizer: "PreTrainedTokenizerBase", config: Tok
     return Tokens(ids, np.array(list(map(len, ids))), truncated)
 
 
-def pad(tokens: Tokens, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lays the items out as rows: input_ids (N, W) int32 and attention_mask (N, W) uint8."""
-    shape = len(tokens.ids), int(tokens.lengths.max())
-    input_ids, mask = np.full(shape, pad_id, dtype=np.int32), np.zeros(shape, dtype=np.uint8)
-    for row, ids in enumerate(tokens.ids):  # many times faster than one assignment through the mask
+def pad(items: list[np.ndarray], width: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Lays the tokens of items (n) out as rows: input_ids (n, width) int32 and attention_mask (n, width) uint8."""
+    input_ids = np.full((len(items), width), pad_id, dtype=np.int32)
+    mask = np.zeros((len(items), width), dtype=np.uint8)
+    for row, ids in enumerate(items):  # many times faster than one assignment through the mask
         real = slice(-len(ids), None) if side == "left" else slice(len(ids))
         input_ids[row, real] = ids
         mask[row, real] = 1
@@ -276,6 +277,22 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write(path: Path, tokens: Tokens, pad_id: int, side: str, settings: dict[str, str | int]) -> None:
+    """The npz that np.savez would write of arrays which need not be in memory whole."""
+    shape = len(tokens.ids), int(tokens.lengths.max())  # (N, W)
+    with zipfile.ZipFile(path, "w") as archive:
+        for which, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for start in range(0, len(tokens.ids), ROWS_PER_WRITE):
+                    some = tokens.ids[start : start + ROWS_PER_WRITE]
+                    member.write(pad(some, shape[1], pad_id, side)[which])
+        for name, value in settings.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
+
+
 def is_complete(path: Path, settings: dict[str, str | int]) -> bool:
     """Whether the output is there already, whole, and made in the same way."""
     try:
@@ -317,11 +334,10 @@ def run(config: TokenizeConfig, source: Path, target: Path) -> None:
         trouble = f"{count} items become no token at all, the first in row {tokens.lengths.argmin()}"
         fail(source, trouble, "drop or describe them")
     report(tokens, tokenizer, config)
-    input_ids, attention_mask = pad(tokens, pad_id, tokenizer.padding_side)
-    with replacing(target) as temporary, open(temporary, "wb") as file:
-        np.savez(file, input_ids=input_ids, attention_mask=attention_mask, **settings)
-    rows, width = input_ids.shape
-    print(f"wrote {target}: {rows:,} x {width} tokens, {target.stat().st_size / 1e6:.1f} MB")
+    with replacing(target) as temporary:
+        write(temporary, tokens, pad_id, tokenizer.padding_side, settings)
+    width, size = tokens.lengths.max(), target.stat().st_size
+    print(f"wrote {target}: {len(texts):,} x {width} tokens, {size / 1e6:.1f} MB")
 
 
 def main(argv: list[str] | None = None) -> None:

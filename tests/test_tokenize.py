@@ -179,11 +179,23 @@ def test_padding_gives_back_every_token(lengths, side):
     lengths = np.array(lengths)
     flat = np.arange(1, lengths.sum() + 1, dtype=np.int32)
     items = np.split(flat, lengths.cumsum()[:-1])
-    ids, mask = tokenize_items.pad(tokenize_items.Tokens(items, lengths, 0), pad_id=-7, side=side)
+    ids, mask = tokenize_items.pad(items, width=lengths.max(), pad_id=-7, side=side)
     assert ids.shape == mask.shape == (len(lengths), lengths.max())
     assert (ids[mask > 0] == flat).all()
     assert (mask.sum(axis=1) == lengths).all()
     assert (ids[mask == 0] == -7).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_npz_is_the_one_that_numpy_writes(tmp_path, monkeypatch, side):
+    monkeypatch.setattr(tokenize_items, "ROWS_PER_WRITE", 4)
+    items = [np.arange(1, length + 1, dtype=np.int32) for length in (3, 1, 7, 2, 5, 1, 4, 6, 2)]
+    tokens = tokenize_items.Tokens(items, np.array(list(map(len, items))), 0)
+    settings = {"n_items": 9, "model_name": "naïve/模型"}
+    tokenize_items.write(tmp_path / "ours.npz", tokens, 9, side, settings)
+    ids, mask = tokenize_items.pad(items, 7, 9, side)
+    np.savez(tmp_path / "numpy.npz", input_ids=ids, attention_mask=mask, **settings)
+    assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
 
 
 def test_two_runs_write_the_same_bytes(data_dir, tiny_encoder):
@@ -386,13 +398,12 @@ def test_a_folder_without_the_right_to_write_is_told(data_dir, tiny_encoder, ref
 
 
 def test_an_interrupted_write_leaves_the_earlier_output(data_dir, tiny_encoder, monkeypatch, capsys):
-    def half(file, **arrays):
-        file.write(b"half a file")
+    def half(*_, **__):  # where both arrays are written, and what they were made from is not
         raise KeyboardInterrupt
 
     (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
     before = files_of(data_dir)
-    monkeypatch.setattr(np, "savez", half)
+    monkeypatch.setattr(np.lib.format, "write_array", half)
     monkeypatch.setattr(sys, "argv", ["tokenize_items.py", *flags(data_dir, tiny_encoder)])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(tokenize_items.__file__, run_name="__main__")
