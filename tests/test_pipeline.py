@@ -1,6 +1,8 @@
 """The three scripts as a user chains them, the README's snippet, and the sample that ships."""
 
+import itertools
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -10,7 +12,7 @@ from dataclasses import fields
 import numpy as np
 import polars as pl
 import pytest
-from conftest import ROOT, files_of
+from conftest import ROOT, WORDS, files_of
 
 import embed_items
 import tokenize_items
@@ -52,6 +54,62 @@ def test_the_chain_gives_every_item_one_distinct_id(tmp_path, data_dir, catalogu
     made = {path.name for path in (tmp_path / "checkpoints" / "rqvae").glob("*.pth")}
     assert made == {"best_model.pth", "final_model.pth"}
     assert {path.name for path in tmp_path.iterdir()} == {"data", "checkpoints"}, "something was left beside them"
+
+
+def test_a_catalogue_that_changes_for_five_rounds_keeps_its_ids(tmp_path, data_dir, tiny_encoder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw, word = random.Random(0), itertools.count()
+    invent = lambda: f"lamp {next(word)} " + " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))  # noqa: E731
+    items = {f"B{number:03}": invent() for number in range(120)}
+    embedded, within, embed, embed_all = [], [], embed_items.embed, embed_items.embed_all
+
+    def watched(model, tokens, rows, *rest):  # but for the looks that the script takes before the work
+        embedded.extend(list(items.values())[row] for row in rows if within)
+        return embed(model, tokens, rows, *rest)
+
+    def watched_all(*arguments):
+        within.append(True)
+        embed_all(*arguments)
+        within.clear()
+
+    monkeypatch.setattr(embed_items, "embed", watched)
+    monkeypatch.setattr(embed_items, "embed_all", watched_all)
+    given, texts, before = {}, {}, {}  # who was ever given an ID; the texts and the IDs of the round before
+    export = ["--export_only", "--keep_ids", "data/output/Tiny_semantic_ids.parquet"]
+    for number in range(6):
+        if number:
+            names = list(items)
+            for name in draw.sample(names, 8):
+                del items[name]
+            for name in draw.sample(list(items), 8):
+                items[name] = invent()
+            items |= {f"N{number}{new:02}": invent() for new in range(20)}
+            items = dict(draw.sample(list(items.items()), len(items)))
+        table = pl.DataFrame({"parent_asin": list(items), "item_context": list(items.values())})
+        table.write_parquet(data_dir / "Tiny_items_updated.parquet")
+        embedded.clear()
+        tokenize_items.main(["--category", "Tiny", "--model_name", str(tiny_encoder)])
+        embed_items.main(["--category", "Tiny", "--device", "cpu", "--reuse"])
+        training = TINY_TRAINING.replace("--max_steps 20", "--max_steps 300").split()
+        train_rqvae.main(["--category", "Tiny", "--device", "cpu", *(export if number else training)])
+
+        ids = pl.read_parquet(data_dir / "Tiny_semantic_ids.parquet")
+        assert ids["parent_asin"].to_list() == list(items)
+        after = dict(zip(ids["parent_asin"], ids["semantic_id"], strict=True))
+        assert len(set(after.values())) == len(items)
+        assert sorted(embedded) == sorted(text for name, text in items.items() if texts.get(name) != text)
+        for name, text in items.items():
+            assert texts.get(name) != text or after[name] == before[name], "an unchanged item has another ID"
+            assert given.setdefault(after[name], name) == name, "an ID is given a second time"
+        kept = sum(before.get(name) == id for name, id in after.items())
+        told = json.loads((data_dir / "Tiny_quality.json").read_text()).get("keep_ids")
+        if number:
+            new = sum(name not in before for name in after)
+            assert (told["kept"], told["new"], told["moved"]) == (kept, new, len(items) - kept - new)
+            assert told["vanished"] == 8
+            assert told["moved"] > 0
+            assert told["retired_ids"] == len(given) - len(items)
+        texts, before = dict(items), after
 
 
 def test_odd_texts_go_through_all_three_scripts(tmp_path, data_dir, tiny_encoder):
