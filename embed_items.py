@@ -41,7 +41,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FORMAT_VERSION = 2
-KEY_BYTES = 16  # of what tells the tokens of one item from another's
+KEY_BYTES = 16  # of what tells the tokens or the text of one item from another's
 FINGERPRINT_ROWS, DIGEST_ROWS = 4096, 1024  # of texts and of vectors digested at once; part of the formats
 LIST_FLAGS = "--help lists the flags"
 LARGEST = 10**12  # of any number on the command line
@@ -188,6 +188,8 @@ try:
 except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None
 
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # what a damaged parquet file raises
+
 # ---------------------------------------------------------------- processes
 
 
@@ -288,6 +290,12 @@ def first_rows(keys: np.ndarray) -> np.ndarray:
     return first
 
 
+def keys_of(items: Iterable[bytes | np.ndarray]) -> np.ndarray:
+    """What tells items (B) from one another: (B, 2) uint64."""
+    keys = b"".join(hashlib.blake2b(item, digest_size=KEY_BYTES).digest() for item in items)
+    return np.frombuffer(keys, dtype="<u8").reshape(-1, KEY_BYTES // 8)
+
+
 def read_tokens(path: Path) -> Tokens:
     """Surveys the npz, piece by piece; ends the run where it is damaged or not of this format."""
     again = "run tokenize_items.py again"
@@ -324,9 +332,7 @@ def read_tokens(path: Path) -> Tokens:
         flat, starts = tokens.of(rows)
         common = common_start(common, flat, starts)
         bounds += [int(flat.min()), int(flat.max())]
-        items = (flat[start:end] for start, end in itertools.pairwise(starts))
-        some = b"".join(hashlib.blake2b(item, digest_size=KEY_BYTES).digest() for item in items)
-        keys[rows] = np.frombuffer(some, dtype="<u8").reshape(len(rows), -1)
+        keys[rows] = keys_of(flat[start:end] for start, end in itertools.pairwise(starts))
     digest = hashlib.sha256(keys.astype("<u8", copy=False)).hexdigest()
     return tokens._replace(first=first_rows(keys), common=common, low=min(bounds), top=max(bounds), digest=digest)
 
@@ -365,7 +371,7 @@ def check_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> int:
         names = ["parent_asin", "item_context"]
         same = all(schema.get(name) == pl.String for name in names) and len(tokens.lengths) <= height
         same = same and fingerprint(slices(path, names)) == tokens.fingerprint
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except UNREADABLE as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
     if not same:
         trouble = f"made from another catalogue, or another order of it, than {path} is now"
@@ -776,7 +782,7 @@ def is_complete(path: Path, catalogue_path: Path, metadata: dict[str, str]) -> b
                 return False
             add_vectors(digest, piece["embedding"].list.to_array(dim).to_numpy())
         return digest.hexdigest() == found.get("vectors")
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError):  # none, or damaged
+    except (*UNREADABLE, ValueError):  # none, or damaged
         return False
 
 
