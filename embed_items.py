@@ -849,32 +849,31 @@ def write(job: Job, finished: FinishedVectors) -> None:
 # ---------------------------------------------------------------- vectors of an earlier output
 
 
-def heirs(path: Path, catalogue_path: Path, first: np.ndarray, texts: str | None) -> np.ndarray:
-    """The row that stands for the text of each row of an earlier output now, -1 for none: first (N) -> (M).
+def heirs(job: Job, texts: str | None) -> np.ndarray:
+    """The row that stands for the text of each row of an earlier output now, -1 for none: (M).
 
     `texts` is the digest of its texts, as they were written.
     """
     old, new = (
         np.concatenate([text_keys(piece) for piece in slices(file, ["item_context"], rows)])
-        for file, rows in ((path, None), (catalogue_path, len(first)))
+        for file, rows in ((job.config.target, None), (job.config.catalogue_path, len(job.tokens.first)))
     )
     if hashlib.sha256(old).hexdigest() != texts:
         raise ValueError("damaged: its texts are not those that were written")
+    check_unchanged(job.config.catalogue_path, job.catalogue_stamp)
     match = first_rows(np.concatenate([old, new]))[len(old) :]  # (N)
-    is_known = match < len(old)
-    heir = np.full(len(old), -1)
-    heir[match[is_known]] = first[is_known]
+    is_known, heir = match < len(old), np.full(len(old), -1)
+    heir[match[is_known]] = job.tokens.first[is_known]
     return heir
 
 
-def still_agrees(path: Path, heir: np.ndarray, model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> bool:
+def still_agrees(job: Job, model: PreTrainedModel, heir: np.ndarray) -> bool:
     """Whether the model gives some heirs (M) the vectors that they have: no digest tells all that it does."""
-    known = np.flatnonzero(heir >= 0)
+    known, frame = np.flatnonzero(heir >= 0), pl.scan_parquet(job.config.target, glob=False).select("embedding")
     sample = known[np.linspace(0, len(known) - 1, min(ITEMS_CHECKED, len(known))).astype(int)]
-    rows = pl.concat([pl.scan_parquet(path, glob=False).slice(row, 1).select("embedding") for row in sample]).collect()
-    now = torch.cat([embed(model, tokens, heir[row : row + 1], config) for row in sample]).cpu()
-    kept = rows["embedding"].list.to_array(config.target_dim).to_torch()
-    return F.cosine_similarity(kept, now).min().item() >= GOOD_AGREEMENT
+    kept = pl.concat([frame.slice(row, 1) for row in sample]).collect()["embedding"]
+    now = torch.cat([embed(model, job.tokens, heir[row : row + 1], job.config) for row in sample]).cpu()
+    return F.cosine_similarity(kept.list.to_array(now.shape[1]).to_torch(), now).min().item() >= GOOD_AGREEMENT
 
 
 def take_over(path: Path, heir: np.ndarray, vectors_digest: str | None, finished: FinishedVectors) -> None:
@@ -882,13 +881,15 @@ def take_over(path: Path, heir: np.ndarray, vectors_digest: str | None, finished
     dim, taken = finished.record["vector"].shape[0], copy.copy(finished)
     taken.own = finished.folder / "reused"  # its vectors count under its final name alone
     taken.own.unlink(missing_ok=True)
-    digest = start_digest(len(heir), dim)
+    digest, start = start_digest(len(heir), dim), 0
     try:
-        for start, piece in zip(itertools.count(step=SLICE_ROWS), slices(path, ["embedding"])):
-            vectors = piece["embedding"].list.to_array(dim).to_numpy()  # (B, D)
-            add_vectors(digest, vectors)
-            rows = heir[start : start + len(vectors)]
-            taken.keep(rows[rows >= 0], vectors[rows >= 0])
+        for some in slices(path, ["embedding"]):
+            for piece in some.iter_slices(ROWS_PER_GROUP):
+                vectors = piece["embedding"].list.to_array(dim).to_numpy()  # (B, D)
+                add_vectors(digest, vectors)
+                rows = heir[start : start + piece.height]
+                start += piece.height
+                taken.keep(rows[rows >= 0], vectors[rows >= 0])
         if digest.hexdigest() != vectors_digest:
             raise ValueError("damaged: its vectors are not those that were written")
         os.replace(taken.own, finished.folder / "vectors-reused")
@@ -896,35 +897,28 @@ def take_over(path: Path, heir: np.ndarray, vectors_digest: str | None, finished
         taken.own.unlink(missing_ok=True)
 
 
-def reuse(
-    model: PreTrainedModel,
-    tokens: Tokens,
-    config: EmbedConfig,
-    way: dict[str, str],
-    finished: FinishedVectors,
-    is_done: np.ndarray,
-) -> np.ndarray:
+def reuse(job: Job, model: PreTrainedModel, way: dict[str, str], finished: FinishedVectors) -> np.ndarray:
     """Keeps the vectors of the earlier output for the texts that are there still, and returns their rows: (R).
 
     A text and `way` decide a vector: nothing is kept of an output that was made in another way.
     """
-    path, n = config.target, len(tokens.first)
+    path, n = job.config.target, len(job.tokens.first)
     try:
         if not path.exists():
             raise ValueError("not found")
         told = pl.read_parquet_metadata(path)
         if other := [name for name in way if told.get(name) != way[name]]:
             raise ValueError(f"made with another or an unknown {', '.join(other)}")
-        heir = heirs(path, config.catalogue_path, tokens.first, told.get("texts"))
+        heir = heirs(job, told.get("texts"))
         rows = np.unique(heir[heir >= 0])
-        if len(rows) and not still_agrees(path, heir, model, tokens, config):
-            raise ValueError("the model gives the same items other vectors now")
-        if not is_done[rows].all():
+        if len(rows) and not still_agrees(job, model, heir):
+            raise ValueError("its vectors are not those that the model gives for the same texts now")
+        if not job.is_done[rows].all():
             take_over(path, heir, told.get("vectors"), finished)
     except (*UNREADABLE, ValueError, TypeError) as error:
         print(f"no vector of {path} is kept ({first_line(error)}): all items are embedded")
         return np.empty(0, dtype=int)
-    kept = int(np.isin(tokens.first, rows).sum())
+    kept = int(np.isin(job.tokens.first, rows).sum())
     print(f"{kept:,} of {n:,} items keep the vector of an earlier run, {n - kept:,} are embedded")
     return rows
 
@@ -976,13 +970,14 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | 
         return None, model
     finished.open(settings)
     _, which, _ = finished.places(n)
-    wanted, is_done = np.flatnonzero(tokens.first == np.arange(n)), which >= 0
-    if repeated := n - len(wanted):
+    distinct = np.flatnonzero(tokens.first == np.arange(n))
+    if repeated := n - len(distinct):
         print(f"{repeated:,} items repeat the tokens of another: they are embedded once")
-    if config.reuse:
-        wanted = np.setdiff1d(wanted, reuse(model, tokens, config, way, finished, is_done), assume_unique=True)
     shares_start = shares_its_start(model, tokens, config)
-    return Job(config, tokens, catalogue_stamp, metadata | way, shares_start, wanted, is_done), model
+    job = Job(config, tokens, catalogue_stamp, metadata | way, shares_start, distinct, which >= 0)
+    if config.reuse:
+        job = job._replace(wanted=np.setdiff1d(distinct, reuse(job, model, way, finished)))
+    return job, model
 
 
 def run(config: EmbedConfig, device: torch.device, why: str) -> None:

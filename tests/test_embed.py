@@ -1178,7 +1178,7 @@ def test_reuse_takes_nothing_that_was_made_in_another_way(
         monkeypatch.setattr(tokenize_items, "load_tokenizer", changed)
         tokenize(daily, today, tiny_encoder)
     elif other == "the model":  # of the same name and weights, but computing otherwise with them
-        reason = "the model gives the same items other vectors now"
+        reason = "its vectors are not those that the model gives for the same texts now"
 
         def load_changed(*arguments):
             model = load(*arguments)
@@ -1254,7 +1254,25 @@ def test_reuse_takes_nothing_from_a_damaged_output(daily, embedded, from_nothing
     assert files_of(daily) == expected
 
 
-@pytest.mark.parametrize("calls", [1, 2, 4, 5, 6])  # of keep: 4 slices of the earlier output, and then batches
+def test_reuse_goes_by_the_catalogue_that_was_checked(daily, catalogue, monkeypatch, capsys):
+    """Another one, put there meanwhile, must not tell whose vectors these are."""
+    keys, read = embed_items.text_keys, []
+
+    def replacing(piece):
+        if not read:
+            next_day(catalogue).reverse().write_parquet(daily / "Tiny_items_updated.parquet")
+        read.append(len(piece))
+        return keys(piece)
+
+    monkeypatch.setattr(embed_items, "text_keys", replacing)
+    with pytest.raises(SystemExit) as exit_info:
+        main(flags(daily, "--reuse"))
+    assert exit_info.value.code == 2
+    assert "Tiny_items_updated.parquet: replaced while this run was reading it" in complaint(capsys.readouterr().err)
+    assert not list((daily / PARTIAL).glob("vectors-*"))
+
+
+@pytest.mark.parametrize("calls", [2, 5, 8, 9, 10])  # of keep: 8 pieces of the earlier output, and then batches
 def test_a_stopped_reuse_goes_on_to_the_same_bytes(in_slices, tmp_path, monkeypatch, embedded, capsys, calls):
     few = ["--tokens_per_batch", "300", "--reuse"]
     other = shutil.copytree(in_slices, tmp_path / "never stopped")
@@ -1266,8 +1284,8 @@ def test_a_stopped_reuse_goes_on_to_the_same_bytes(in_slices, tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             main(flags(in_slices, *few))
     assert (in_slices / OUTPUT).read_bytes() == before
-    assert (in_slices / PARTIAL / "vectors-reused").exists() == (calls > 4)
-    if calls <= 4:
+    assert (in_slices / PARTIAL / "vectors-reused").exists() == (calls > 8)
+    if calls <= 8:
         assert not embedded
         (in_slices / PARTIAL / "reused").write_bytes(b"what a run leaves that is killed and cannot tidy up")
     main(flags(in_slices, *few))
@@ -1281,7 +1299,7 @@ def test_reused_vectors_that_are_damaged_after_a_stop_are_taken_again(in_slices,
     other = shutil.copytree(in_slices, tmp_path / "never stopped")
     main(flags(other, *FEW, "--reuse"))
     with monkeypatch.context() as patch:
-        stop_after(patch, 5)
+        stop_after(patch, 9)
         with pytest.raises(KeyboardInterrupt):
             main(flags(in_slices, *FEW, "--reuse"))
     path = in_slices / PARTIAL / "vectors-reused"
@@ -1295,7 +1313,7 @@ def test_reused_vectors_that_are_damaged_after_a_stop_are_taken_again(in_slices,
 def test_a_stopped_reuse_may_go_on_without(in_slices, monkeypatch, embedded, from_nothing):
     expected = by_text(from_nothing(in_slices, *FEW))
     with monkeypatch.context() as patch:
-        stop_after(patch, 5)
+        stop_after(patch, 9)
         with pytest.raises(KeyboardInterrupt):
             main(flags(in_slices, *FEW, "--reuse"))
     main(flags(in_slices, *FEW))
