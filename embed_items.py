@@ -7,6 +7,7 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
     python embed_items.py --category Video_Games --num_rows 256 --device cpu # a first look on a laptop
     python embed_items.py --category Video_Games --model_name /models/qwen3  # a local copy of the npz's model
     python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
+    python embed_items.py --category Video_Games --reuse                     # only the items that are new or changed
     torchrun --nproc_per_node=8 embed_items.py --category Video_Games        # eight GPUs
 
 Stopped at any instant, the same command goes on from the vectors finished so far, which wait in
@@ -41,7 +42,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
 FORMAT_VERSION = 2
-KEY_BYTES = 16  # of what tells the tokens of one item from another's
+KEY_BYTES = 16  # of what tells the tokens or the text of one item from another's
 FINGERPRINT_ROWS, DIGEST_ROWS = 4096, 1024  # of texts and of vectors digested at once; part of the formats
 LIST_FLAGS = "--help lists the flags"
 LARGEST = 10**12  # of any number on the command line
@@ -89,6 +90,11 @@ class EmbedConfig:
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the tokens, for a trial.")
+    reuse: bool = HfArg(
+        default=False,
+        help="Keep the vectors of the output that is there for every text that it holds, and embed only the rest; all "
+        "where it was made with another model or other settings.",
+    )
     overwrite: bool = HfArg(default=False, help="Embed again where the output is complete already.")
 
     def __post_init__(self):
@@ -96,6 +102,8 @@ class EmbedConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST:
                 raise ValueError(f"--{name} {value}: must be at least 1 and at most {LARGEST:,}")
+        if self.reuse and self.overwrite:
+            raise ValueError("--overwrite embeds every item again, --reuse does not: choose one")
 
     @property
     def tokens_path(self) -> Path:
@@ -188,6 +196,8 @@ try:
 except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None
 
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # what a damaged parquet file raises
+
 # ---------------------------------------------------------------- processes
 
 
@@ -259,6 +269,7 @@ class Tokens(NamedTuple):
     instruction: str
     fingerprint: str  # of the whole catalogue
     max_length: int
+    tokenizer: str  # SHA-256 over all that the tokenizer does
 
     def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of rows (B), one item after the other, and where each begins, and the end: (sum), (B + 1)."""
@@ -288,6 +299,12 @@ def first_rows(keys: np.ndarray) -> np.ndarray:
     return first
 
 
+def keys_of(items: Iterable[bytes | np.ndarray]) -> np.ndarray:
+    """What tells items (B) from one another: (B, 2) uint64."""
+    keys = b"".join(hashlib.blake2b(item, digest_size=KEY_BYTES).digest() for item in items)
+    return np.frombuffer(keys, dtype="<u8").reshape(-1, KEY_BYTES // 8)
+
+
 def read_tokens(path: Path) -> Tokens:
     """Surveys the npz, piece by piece; ends the run where it is damaged or not of this format."""
     again = "run tokenize_items.py again"
@@ -299,7 +316,7 @@ def read_tokens(path: Path) -> Tokens:
             if "format_version" not in npz or int(npz["format_version"]) != FORMAT_VERSION:
                 fail(path, f"not of format {FORMAT_VERSION}", again)
             ids, mask = (stored_rows(path, before, archive, name) for name in ("input_ids", "attention_mask"))
-            texts = {name: str(npz[name]) for name in ("model_name", "instruction", "fingerprint")}
+            texts = {name: str(npz[name]) for name in ("model_name", "instruction", "fingerprint", "tokenizer")}
             max_length, n = int(npz["max_length"]), int(npz["n_items"])
     except Exception as error:  # numpy, zipfile and the parser of numpy's header each raise their own
         fail(path, f"damaged, or not an npz of tokenize_items.py ({first_line(error)})", again)
@@ -324,9 +341,7 @@ def read_tokens(path: Path) -> Tokens:
         flat, starts = tokens.of(rows)
         common = common_start(common, flat, starts)
         bounds += [int(flat.min()), int(flat.max())]
-        items = (flat[start:end] for start, end in itertools.pairwise(starts))
-        some = b"".join(hashlib.blake2b(item, digest_size=KEY_BYTES).digest() for item in items)
-        keys[rows] = np.frombuffer(some, dtype="<u8").reshape(len(rows), -1)
+        keys[rows] = keys_of(flat[start:end] for start, end in itertools.pairwise(starts))
     digest = hashlib.sha256(keys.astype("<u8", copy=False)).hexdigest()
     return tokens._replace(first=first_rows(keys), common=common, low=min(bounds), top=max(bounds), digest=digest)
 
@@ -343,6 +358,11 @@ def slices(path: Path, columns: list[str] | None = None, n: int | None = None) -
 def add_texts(digest: Any, texts: pl.Series) -> None:
     digest.update(texts.str.len_bytes().to_numpy().tobytes())  # so that values cannot run together
     digest.update(texts.str.join().item().encode())
+
+
+def text_keys(catalogue: pl.DataFrame) -> np.ndarray:
+    """What tells the texts of rows (B) from one another: (B, 2) uint64."""
+    return keys_of(catalogue["item_context"].cast(pl.Binary).to_list())
 
 
 def fingerprint(catalogue: Iterable[pl.DataFrame]) -> str:
@@ -365,7 +385,7 @@ def check_catalogue(path: Path, tokens: Tokens, tokens_path: Path) -> int:
         names = ["parent_asin", "item_context"]
         same = all(schema.get(name) == pl.String for name in names) and len(tokens.lengths) <= height
         same = same and fingerprint(slices(path, names)) == tokens.fingerprint
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+    except UNREADABLE as error:
         fail(path, f"not a readable parquet file ({first_line(error)})", "write it again")
     if not same:
         trouble = f"made from another catalogue, or another order of it, than {path} is now"
@@ -547,8 +567,9 @@ def replacing(path: Path) -> Iterator[Path]:
 class FinishedVectors:
     """The vectors that are finished, kept in a folder until the output is complete.
 
-    settings.json  what they depend on, written first and deleted first
-    vectors-R      of the process of rank R: a record of row, checksum and vector for each, in the order they came
+    settings.json   what they depend on, written first and deleted first
+    vectors-R       of the process of rank R: a record of row, checksum and vector for each, in the order they came
+    vectors-reused  of an earlier output, in its order
     """
 
     def __init__(self, folder: Path, dim: int):
@@ -707,19 +728,19 @@ def embed_all(
     config: EmbedConfig,
     prefix: Cache | None,
     finished: FinishedVectors,
+    wanted: np.ndarray,
     is_done: np.ndarray,
 ) -> None:
-    """Finishes the vector of every first row of the same tokens that is not done yet: is_done (N).
+    """Finishes the vectors of the rows `wanted` (W) that are not done yet: is_done (N).
 
-    The target_dim of `config` is at most the size of the model's vectors here. Batches are those of all items, whatever
-    is done and whoever does the rest, so that vectors come out bit for bit; each process takes every R-th of them.
+    The target_dim of `config` is at most the size of the model's vectors here. Batches are those of all wanted rows,
+    whatever is done and by whom, so that vectors come out bit for bit; each process takes every R-th of them.
     """
-    distinct = np.flatnonzero(tokens.first == np.arange(len(tokens.first)))
-    batches = [distinct[batch] for batch in batches_by_length(tokens.lengths[distinct], config.tokens_per_batch)]
+    batches = [wanted[batch] for batch in batches_by_length(tokens.lengths[wanted], config.tokens_per_batch)]
     batches = [batch for batch in batches if not is_done[batch].all()]
     left = sum(map(len, batches))
-    if left < len(distinct):
-        print(f"{len(distinct) - left:,} items were finished by an earlier run, {left:,} are left")
+    if left < len(wanted):
+        print(f"{len(wanted) - left:,} items were finished by an earlier run, {left:,} are left")
     batches = batches[RANK::RANKS]  # of nearly as many tokens each, so that none waits long for the others
     at_once = BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
     done, start = 0, time.perf_counter()
@@ -750,6 +771,7 @@ class Job(NamedTuple):
     catalogue_stamp: tuple[int, int]
     metadata: dict[str, str]  # of the output
     shares_start: bool  # whether the tokens that all items start with are read once
+    wanted: np.ndarray  # (W) rows to embed: the first with its tokens, where no vector of an earlier output is kept
     is_done: np.ndarray  # (N) whose vectors an earlier run has finished
 
 
@@ -776,7 +798,7 @@ def is_complete(path: Path, catalogue_path: Path, metadata: dict[str, str]) -> b
                 return False
             add_vectors(digest, piece["embedding"].list.to_array(dim).to_numpy())
         return digest.hexdigest() == found.get("vectors")
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError):  # none, or damaged
+    except (*UNREADABLE, ValueError):  # none, or damaged
         return False
 
 
@@ -784,7 +806,7 @@ def write(job: Job, finished: FinishedVectors) -> None:
     """Puts the output together, some rows at a time; ends the run where a vector is not of length 1."""
     config, first, n = job.config, job.tokens.first, len(job.tokens.first)
     files, which, position = finished.places(n)
-    digest, names = start_digest(n, config.target_dim), hashlib.sha256()
+    digests = {"vectors": start_digest(n, config.target_dim), "names": hashlib.sha256(), "texts": hashlib.sha256()}
     broken, broken_name = 0, None
 
     def pieces(*_) -> Iterator[pl.DataFrame]:
@@ -796,9 +818,10 @@ def write(job: Job, finished: FinishedVectors) -> None:
                 if (which[rows] < 0).any():
                     fail(finished.folder, "some of its vectors were damaged just now", "run the same command again")
                 vectors = finished.read(files, which[rows], position[rows])  # (B, D)
-                add_vectors(digest, vectors)
+                add_vectors(digests["vectors"], vectors)
+                digests["texts"].update(text_keys(piece))
                 for some in piece["parent_asin"].to_frame().iter_slices(DIGEST_ROWS):
-                    add_texts(names, some.to_series())
+                    add_texts(digests["names"], some.to_series())
                 odd = ~(np.abs(np.einsum("bd,bd->b", vectors, vectors) - 1) < 2e-3)
                 if odd.any() and not broken:
                     broken_name = piece["parent_asin"][int(odd.argmax())]
@@ -811,7 +834,8 @@ def write(job: Job, finished: FinishedVectors) -> None:
             temporary,
             compression="uncompressed",  # zstd would make the vectors 7% smaller in twice the time
             row_group_size=ROWS_PER_GROUP,
-            metadata=lambda _: job.metadata | {"vectors": digest.hexdigest(), "names": names.hexdigest()},  # at the end
+            # called at the end
+            metadata=lambda _: job.metadata | {name: digest.hexdigest() for name, digest in digests.items()},
         )
         check_unchanged(config.catalogue_path, job.catalogue_stamp)
         if broken:
@@ -820,6 +844,83 @@ def write(job: Job, finished: FinishedVectors) -> None:
             trouble = f"{trouble} {job.metadata['dtype']}, the first is {broken_name!r}"
             fail(config.tokens_path, trouble, "use --dtype float32")
     print(f"wrote {config.target}: {n:,} x {config.target_dim}, {config.target.stat().st_size / 1e6:.1f} MB")
+
+
+# ---------------------------------------------------------------- vectors of an earlier output
+
+
+def heirs(job: Job, texts: str | None) -> np.ndarray:
+    """The row that stands for the text of each row of an earlier output now, -1 for none: (M).
+
+    `texts` is the digest of its texts, as they were written.
+    """
+    old, new = (
+        np.concatenate([text_keys(piece) for piece in slices(file, ["item_context"], rows)])
+        for file, rows in ((job.config.target, None), (job.config.catalogue_path, len(job.tokens.first)))
+    )
+    if hashlib.sha256(old).hexdigest() != texts:
+        raise ValueError("damaged: its texts are not those that were written")
+    check_unchanged(job.config.catalogue_path, job.catalogue_stamp)
+    match = first_rows(np.concatenate([old, new]))[len(old) :]  # (N)
+    is_known, heir = match < len(old), np.full(len(old), -1)
+    heir[match[is_known]] = job.tokens.first[is_known]
+    return heir
+
+
+def still_agrees(job: Job, model: PreTrainedModel, heir: np.ndarray) -> bool:
+    """Whether the model gives some heirs (M) the vectors that they have: no digest tells all that it does."""
+    known, frame = np.flatnonzero(heir >= 0), pl.scan_parquet(job.config.target, glob=False).select("embedding")
+    sample = known[np.linspace(0, len(known) - 1, min(ITEMS_CHECKED, len(known))).astype(int)]
+    kept = pl.concat([frame.slice(row, 1) for row in sample]).collect()["embedding"]
+    now = torch.cat([embed(model, job.tokens, heir[row : row + 1], job.config) for row in sample]).cpu()
+    return F.cosine_similarity(kept.list.to_array(now.shape[1]).to_torch(), now).min().item() >= GOOD_AGREEMENT
+
+
+def take_over(path: Path, heir: np.ndarray, vectors_digest: str | None, finished: FinishedVectors) -> None:
+    """Keeps the vectors of an earlier output for its heirs (M), once all its vectors are those that were written."""
+    dim, taken = finished.record["vector"].shape[0], copy.copy(finished)
+    taken.own = finished.folder / "reused"  # its vectors count under its final name alone
+    taken.own.unlink(missing_ok=True)
+    digest, start = start_digest(len(heir), dim), 0
+    try:
+        for some in slices(path, ["embedding"]):
+            for piece in some.iter_slices(ROWS_PER_GROUP):
+                vectors = piece["embedding"].list.to_array(dim).to_numpy()  # (B, D)
+                add_vectors(digest, vectors)
+                rows = heir[start : start + piece.height]
+                start += piece.height
+                taken.keep(rows[rows >= 0], vectors[rows >= 0])
+        if digest.hexdigest() != vectors_digest:
+            raise ValueError("damaged: its vectors are not those that were written")
+        os.replace(taken.own, finished.folder / "vectors-reused")
+    finally:
+        taken.own.unlink(missing_ok=True)
+
+
+def reuse(job: Job, model: PreTrainedModel, way: dict[str, str], finished: FinishedVectors) -> np.ndarray:
+    """Keeps the vectors of the earlier output for the texts that are there still, and returns their rows: (R).
+
+    A text and `way` decide a vector: nothing is kept of an output that was made in another way.
+    """
+    path, n = job.config.target, len(job.tokens.first)
+    try:
+        if not path.exists():
+            raise ValueError("not found")
+        told = pl.read_parquet_metadata(path)
+        if other := [name for name in way if told.get(name) != way[name]]:
+            raise ValueError(f"made with another or an unknown {', '.join(other)}")
+        heir = heirs(job, told.get("texts"))
+        rows = np.unique(heir[heir >= 0])
+        if len(rows) and not still_agrees(job, model, heir):
+            raise ValueError("its vectors are not those that the model gives for the same texts now")
+        if not job.is_done[rows].all():
+            take_over(path, heir, told.get("vectors"), finished)
+    except (*UNREADABLE, ValueError, TypeError) as error:
+        print(f"no vector of {path} is kept ({first_line(error)}): all items are embedded")
+        return np.empty(0, dtype=int)
+    kept = int(np.isin(job.tokens.first, rows).sum())
+    print(f"{kept:,} of {n:,} items keep the vector of an earlier run, {n - kept:,} are embedded")
+    return rows
 
 
 # ---------------------------------------------------------------- main
@@ -849,7 +950,7 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | 
         print(f"target_dim {config.target_dim} is more than the model has: all {size} dimensions are kept")
         config.target_dim = size
 
-    settings = {
+    way = {
         "format_version": str(FORMAT_VERSION),
         "model_name": config.model_name,
         "weights": weights_digest(model),
@@ -857,11 +958,10 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | 
         "pooling": config.pooling,
         "dtype": config.dtype,
         "target_dim": str(config.target_dim),
-        "tokens": tokens.digest,
-        "fingerprint": tokens.fingerprint,
-        "n_items": str(n),
     }
+    settings = way | {"tokens": tokens.digest, "fingerprint": tokens.fingerprint, "n_items": str(n)}
     metadata = settings | {"rows_per_group": str(ROWS_PER_GROUP)}
+    way |= {"max_length": str(tokens.max_length), "tokenizer": tokens.tokenizer}  # which `tokens` stands for above
     finished = FinishedVectors(config.partial, config.target_dim)
     if not config.overwrite and is_complete(config.target, config.catalogue_path, metadata):
         print(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
@@ -870,9 +970,14 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | 
         return None, model
     finished.open(settings)
     _, which, _ = finished.places(n)
-    if repeated := int((tokens.first != np.arange(n)).sum()):
+    distinct = np.flatnonzero(tokens.first == np.arange(n))
+    if repeated := n - len(distinct):
         print(f"{repeated:,} items repeat the tokens of another: they are embedded once")
-    return Job(config, tokens, catalogue_stamp, metadata, shares_its_start(model, tokens, config), which >= 0), model
+    shares_start = shares_its_start(model, tokens, config)
+    job = Job(config, tokens, catalogue_stamp, metadata | way, shares_start, distinct, which >= 0)
+    if config.reuse:
+        job = job._replace(wanted=np.setdiff1d(distinct, reuse(job, model, way, finished)))
+    return job, model
 
 
 def run(config: EmbedConfig, device: torch.device, why: str) -> None:
@@ -884,7 +989,7 @@ def run(config: EmbedConfig, device: torch.device, why: str) -> None:
     model = model or load_model(job.config.model_name, getattr(torch, job.config.dtype), device)
     prefix = read_prefix(model, job.tokens.common) if job.shares_start else None
     finished = FinishedVectors(job.config.partial, job.config.target_dim)
-    embed_all(model, job.tokens, job.config, prefix, finished, job.is_done)
+    embed_all(model, job.tokens, job.config, prefix, finished, job.wanted, job.is_done)
     if RANK == 0:
         write(job, finished)
         finished.delete()

@@ -14,6 +14,7 @@ import torch
 from conftest import complaint, files_of, make_texts, save_qwen3
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import AutoModel, AutoTokenizer, Lfm2Config, Lfm2Model, OPTConfig, RobertaConfig, T5Config, ViTConfig
 
 import embed_items
@@ -598,7 +599,7 @@ def test_a_flipped_byte_never_passes_for_other_tokens(with_earlier, capsys):
     assert refusals > len(spots) / 2
 
 
-SCALARS = ["max_length", "n_items", "model_name", "instruction", "fingerprint", "format_version"]
+SCALARS = ["max_length", "n_items", "model_name", "instruction", "fingerprint", "tokenizer", "format_version"]
 
 
 @pytest.mark.parametrize("key", ["input_ids", "attention_mask", *SCALARS])
@@ -663,6 +664,7 @@ BAD_FLAGS = {
     "target_dim 0": (["--target_dim", "0"], "--target_dim 0: must be at least 1"),
     "tokens_per_batch 0": (["--tokens_per_batch", "0"], "--tokens_per_batch 0: must be at least 1"),
     "num_rows -1": (["--num_rows", "-1"], "--num_rows -1: must be at least 1"),
+    "overwrite and reuse": (["--overwrite", "--reuse"], "--overwrite embeds every item again, --reuse does not"),
 }
 
 
@@ -929,6 +931,406 @@ def test_a_second_run_into_the_same_place_leaves(stopped, refused):
         line = refused(main, flags(stopped), stopped)
     assert "another run is writing it" in line
     assert not (stopped / ".Tiny_items_with_embeddings.parquet.lock").exists()
+
+
+# ---------------------------------------------------------------- vectors of an earlier output
+
+OUTPUT = "Tiny_items_with_embeddings.parquet"
+FEW = ["--tokens_per_batch", "600"]
+DISTINCT = 55  # texts of the next day
+
+
+def tokenize(data_dir, catalogue, model, *more: str) -> None:
+    """Puts this catalogue in the place of the one that is there."""
+    catalogue.write_parquet(data_dir / "Tiny_items_updated.parquet")
+    argv = ["--category", "Tiny", "--data_dir", str(data_dir), "--model_name", str(model)]
+    tokenize_items.main([*argv, "--max_length", str(MAX_LENGTH), *more])
+
+
+def next_day(catalogue) -> pl.DataFrame:
+    """In another order, without the first 9 items; 5 have other texts, 4 other names, all other prices; 8 are new.
+
+    Of the new, 2 repeat texts that stay, 2 repeat each other, and 1 repeats an edited one.
+    """
+    texts = catalogue["item_context"].to_list()
+    edited = [f"{text} anew" if i in range(20, 25) else text for i, text in enumerate(texts)]
+    names = [f"C{i}" if i in range(30, 34) else f"B{i:03}" for i in range(60)]
+    new = [texts[40], texts[41], "a new lamp", "a new lamp", edited[20], "cable 12", "oak", "gift of чай"]
+    return pl.DataFrame(
+        {
+            "title": "none",
+            "parent_asin": names[9:] + [f"D{i}" for i in range(8)],
+            "item_context": edited[9:] + new,
+            "price": list(range(59)),
+        }
+    ).sample(fraction=1.0, shuffle=True, seed=3)
+
+
+def by_text(data_dir) -> dict[str, bytes]:
+    """The vector of every text, the same in all rows that hold it."""
+    written = pl.read_parquet(data_dir / OUTPUT)
+    vectors = {}
+    for text, vector in zip(written["item_context"], read_vectors(data_dir).astype(np.float32), strict=True):
+        assert vectors.setdefault(text, vector.tobytes()) == vector.tobytes()
+    return vectors
+
+
+def worst_cosine(one: dict[str, bytes], other: dict[str, bytes]) -> float:
+    assert one.keys() == other.keys()
+    pairs = [[np.frombuffer(vectors[text], np.float32).astype(float) for vectors in (one, other)] for text in one]
+    return min(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs)
+
+
+@pytest.fixture
+def embedded(monkeypatch) -> list[str]:
+    """The texts that the model is given, once the trials before the long work are over."""
+    texts, working = [], []
+    embed, embed_all = embed_items.embed, embed_items.embed_all
+
+    def noting(model, tokens, rows, *more):
+        if working:
+            catalogue = pl.read_parquet(tokens.input_ids.path.parent / "Tiny_items_updated.parquet")
+            texts.extend(catalogue["item_context"][rows.tolist()])
+        return embed(model, tokens, rows, *more)
+
+    def at_work(*arguments):
+        working.append(True)
+        try:
+            embed_all(*arguments)
+        finally:
+            working.clear()
+
+    monkeypatch.setattr(embed_items, "embed", noting)
+    monkeypatch.setattr(embed_items, "embed_all", at_work)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def day_one(tokenized, catalogue, tiny_encoder, tmp_path_factory):
+    """A folder with the output of one day, and the catalogue and the tokens of the next."""
+    folder = shutil.copytree(tokenized["qwen3"], tmp_path_factory.mktemp("days") / "output")
+    main(flags(folder, *FEW))
+    tokenize(folder, next_day(catalogue), tiny_encoder)
+    return folder
+
+
+@pytest.fixture
+def daily(day_one, tmp_path):
+    return shutil.copytree(day_one, tmp_path / "daily")
+
+
+@pytest.fixture
+def in_slices(qwen3_dir, catalogue, tiny_encoder, monkeypatch):
+    """The same, made and read in pieces of a few rows."""
+    pieces = {"ROWS_READ": 7, "SLICE_ROWS": 16, "ROWS_PER_GROUP": 8, "FINGERPRINT_ROWS": 8, "DIGEST_ROWS": 4}
+    for name, rows in pieces.items():
+        monkeypatch.setattr(embed_items, name, rows)
+    monkeypatch.setattr(tokenize_items, "FINGERPRINT_ROWS", 8)
+    tokenize(qwen3_dir, catalogue, tiny_encoder)
+    main(flags(qwen3_dir, *FEW))
+    tokenize(qwen3_dir, next_day(catalogue), tiny_encoder)
+    return qwen3_dir
+
+
+@pytest.fixture
+def from_nothing(tmp_path):
+    """The folder after a run of the same tokens where nothing was: from_nothing(folder, *flags)."""
+
+    def run(folder, *more):
+        other = shutil.copytree(folder, tmp_path / "from nothing")
+        (other / OUTPUT).unlink()
+        main(flags(other, *more))
+        return other
+
+    return run
+
+
+def test_reuse_embeds_new_and_edited_texts_alone(daily, catalogue, embedded, from_nothing, capsys):
+    full = from_nothing(daily, *FEW)
+    embedded.clear()
+    before = by_text(daily)
+    capsys.readouterr()
+    main(flags(daily, *FEW, "--reuse"))
+    today = next_day(catalogue)
+    changed = set(today["item_context"]) - set(catalogue["item_context"])
+    assert sorted(embedded) == sorted(changed)  # each of them once
+    assert len(changed) == 5 + 4
+    # 59 rows: 5 edited ones, 8 new ones of which 2 are of known texts
+    assert "48 of 59 items keep the vector of an earlier run, 11 are embedded\n" in capsys.readouterr().out
+    after = by_text(daily)
+    assert {text: after[text] for text in after.keys() - changed} == {
+        text: before[text] for text in after.keys() - changed
+    }
+    assert worst_cosine(after, by_text(full)) > 1 - 1e-5
+    assert pl.read_parquet(daily / OUTPUT).drop("embedding").equals(today)
+    ours, theirs = (pl.read_parquet_metadata(folder / OUTPUT) for folder in (daily, full))
+    assert {name for name in ours | theirs if ours.get(name) != theirs.get(name)} <= {"vectors", "ARROW:schema"}
+    complete = files_of(daily)
+    assert complete.keys() == {OUTPUT, "Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
+    embedded.clear()
+    for more in ([], ["--reuse"]):
+        main(flags(daily, *more))
+        assert "is complete already" in capsys.readouterr().out
+    assert files_of(daily) == complete
+    assert not embedded
+
+
+def test_reuse_writes_the_bytes_of_a_full_run_where_batches_alter_nothing(qwen3_dir, catalogue, tiny_encoder, tmp_path):
+    """Every item alone, and without a shared start, which other items may make shorter or longer."""
+    alone, other = ["--tokens_per_batch", "1", "--pooling", "mean"], shutil.copytree(qwen3_dir, tmp_path / "other")
+    main(flags(qwen3_dir, *alone))
+    for folder in (qwen3_dir, other):
+        tokenize(folder, next_day(catalogue), tiny_encoder)
+    main(flags(qwen3_dir, *alone, "--reuse"))
+    main(flags(other, *alone))
+    assert files_of(qwen3_dir) == files_of(other)
+
+
+def test_reuse_over_many_days_changes_no_kept_vector(in_slices, catalogue, tiny_encoder, embedded):
+    main(flags(in_slices, "--reuse"))
+    embedded.clear()
+    today, before = next_day(catalogue), by_text(in_slices)
+    for day in range(3):
+        text = pl.when(pl.int_range(pl.len()) == day).then(pl.lit(f"of day {day}")).otherwise("item_context")
+        today = today.with_columns(item_context=text).reverse()
+        tokenize(in_slices, today, tiny_encoder)
+        main(flags(in_slices, "--reuse"))
+        after = by_text(in_slices)
+        assert len(after.keys() & before.keys()) > 50
+        assert all(after[text] == before[text] for text in after.keys() & before.keys())
+        before = after
+    assert embedded == ["of day 0", "of day 1", "of day 2"]
+
+
+def test_reuse_embeds_nothing_where_only_other_columns_and_names_change(
+    daily, catalogue, tiny_encoder, embedded, capsys
+):
+    renamed = catalogue.with_columns(parent_asin=pl.col("parent_asin").str.replace("B", "E"), price=pl.lit(1)).tail(50)
+    tokenize(daily, renamed, tiny_encoder)
+    before = by_text(daily)
+    main(flags(daily, "--reuse"))
+    assert not embedded
+    assert "50 of 50 items keep the vector of an earlier run, 0 are embedded" in capsys.readouterr().out
+    assert by_text(daily).items() <= before.items()
+    assert pl.read_parquet(daily / OUTPUT).drop("embedding").equals(renamed)
+
+
+def test_reuse_with_nothing_in_common_embeds_all(daily, catalogue, tiny_encoder, embedded, capsys):
+    tokenize(daily, catalogue.with_columns(item_context=pl.lit("anew ") + pl.col("item_context")), tiny_encoder)
+    main(flags(daily, "--reuse"))
+    assert len(embedded) == 60
+    assert "0 of 60 items keep the vector of an earlier run, 60 are embedded" in capsys.readouterr().out
+
+
+def test_reuse_finds_a_vector_by_any_text_of_the_same_tokens(daily, catalogue, tiny_encoder, embedded):
+    """The tokenizer composes letters: the first row has other letters than the earlier catalogue, but its tokens."""
+    composed, apart = "caf\u00e9 au lait", "cafe\u0301 au lait"
+    for texts in ([composed], [apart, composed, "x"]):
+        rows = pl.DataFrame({"parent_asin": [str(i) for i in range(len(texts))], "item_context": texts})
+        tokenize(daily, rows, tiny_encoder)
+        main(flags(daily, "--reuse"))
+    assert embedded == [composed, "x"]
+    vectors = by_text(daily)
+    assert vectors[apart] == vectors[composed]
+
+
+def test_reuse_goes_by_the_rows_that_there_are(daily, catalogue, tiny_encoder, embedded):
+    """A trial takes from the whole, and the whole from a trial."""
+    texts = next_day(catalogue)["item_context"]
+    known = set(catalogue["item_context"])
+    main(flags(daily, "--reuse", "--num_rows", "30"))
+    assert sorted(embedded) == sorted(set(texts[:30]) - known)
+    assert pl.read_parquet_metadata(daily / OUTPUT)["n_items"] == "30"
+    embedded.clear()
+    main(flags(daily, "--reuse"))
+    assert sorted(embedded) == sorted(set(texts) - set(texts[:30]))
+
+
+OTHER_WAYS = ["model_name", "weights", "instruction", "pooling", "dtype", "target_dim", "max_length", "tokenizer"]
+
+
+@pytest.mark.parametrize("other", [*OTHER_WAYS, "the model"])
+def test_reuse_takes_nothing_that_was_made_in_another_way(
+    daily, catalogue, tiny_encoder, tmp_path, monkeypatch, embedded, from_nothing, capsys, other
+):
+    argv = {"pooling": ["--pooling", "mean"], "dtype": ["--dtype", "bfloat16"], "target_dim": ["--target_dim", "16"]}
+    argv = [*FEW, *argv.get(other, [])]
+    today, reason = next_day(catalogue), f"made with another or an unknown {other}"
+    load = embed_items.load_model
+    if other == "model_name":
+        argv += ["--model_name", copy_encoder(tiny_encoder, tmp_path / "copy")]
+    elif other == "weights":
+        monkeypatch.setattr(embed_items, "load_model", lambda *arguments: load(*arguments).apply(retrained))
+    elif other == "instruction":
+        tokenize(daily, today, tiny_encoder, "--instruction", "Another")
+    elif other == "max_length":
+        tokenize(daily, today, tiny_encoder, "--max_length", "30")
+    elif other == "dtype":
+        reason = reason.replace("dtype", "weights, dtype")  # whose bytes are others too
+    elif other == "tokenizer":  # under the same name
+        tokenizer_of = tokenize_items.load_tokenizer
+
+        def changed(name):
+            tokenizer = tokenizer_of(name)
+            tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+            return tokenizer
+
+        monkeypatch.setattr(tokenize_items, "load_tokenizer", changed)
+        tokenize(daily, today, tiny_encoder)
+    elif other == "the model":  # of the same name and weights, but computing otherwise with them
+        reason = "its vectors are not those that the model gives for the same texts now"
+
+        def load_changed(*arguments):
+            model = load(*arguments)
+            model.rotary_emb.inv_freq *= 0.5
+            return model
+
+        monkeypatch.setattr(embed_items, "load_model", load_changed)
+    expected = from_nothing(daily, *argv)
+    embedded.clear()
+    capsys.readouterr()
+    main(flags(daily, *argv, "--reuse"))
+    captured = capsys.readouterr()
+    line = f"no vector of {daily / OUTPUT} is kept ({reason}): all items are embedded\n"
+    assert line in captured.out
+    assert "keep the vector" not in captured.out
+    assert sorted(embedded) == sorted(set(today["item_context"]))
+    assert files_of(daily) == files_of(expected)
+
+
+def test_reuse_takes_nothing_from_an_output_that_does_not_tell_how_it_was_made(daily, embedded, from_nothing, capsys):
+    expected = files_of(from_nothing(daily))
+    path = daily / OUTPUT
+    written, told = pl.read_parquet(path), pl.read_parquet_metadata(path)
+    without = {name: value for name, value in told.items() if name not in ("max_length", "tokenizer", "ARROW:schema")}
+    for metadata, names in ((without, "max_length, tokenizer"), ({}, "format_version, model_name, weights")):
+        written.write_parquet(path, metadata=metadata)
+        embedded.clear()
+        main(flags(daily, "--reuse"))
+        assert f"(made with another or an unknown {names}" in capsys.readouterr().out
+        assert len(embedded) == DISTINCT
+        assert files_of(daily) == expected
+
+
+def test_reuse_without_an_earlier_output_says_so(daily, embedded, from_nothing, capsys):
+    expected = files_of(from_nothing(daily))
+    (daily / OUTPUT).unlink()
+    embedded.clear()
+    main(flags(daily, "--reuse"))
+    assert f"no vector of {daily / OUTPUT} is kept (not found): all items are embedded" in capsys.readouterr().out
+    assert len(embedded) == DISTINCT
+    assert files_of(daily) == expected
+
+
+@pytest.mark.parametrize("kind", ["kept vector", "dropped vector", "text", "half", "tail", "empty", "garbage"])
+def test_reuse_takes_nothing_from_a_damaged_output(daily, embedded, from_nothing, capsys, kind):
+    expected = files_of(from_nothing(daily))
+    path = daily / OUTPUT
+    whole = path.read_bytes()
+
+    def flipped(part: bytes) -> bytes:
+        assert part in whole
+        return whole.replace(part, part[:-1] + bytes([part[-1] ^ 1]))
+
+    vectors = read_vectors(daily).astype(np.float32)
+    damaged = {
+        "kept vector": flipped(vectors[50, :9].tobytes()),
+        "dropped vector": flipped(vectors[2, :9].tobytes()),
+        "text": flipped(pl.read_parquet(path)["item_context"][45].encode()),
+        "half": whole[: len(whole) // 2],
+        "tail": whole[:-1],
+        "empty": b"",
+        "garbage": np.random.default_rng(0).bytes(5000),
+    }
+    path.write_bytes(damaged[kind])
+    embedded.clear()
+    capsys.readouterr()
+    main(flags(daily, "--reuse"))
+    out = capsys.readouterr().out
+    reason = {"text": "damaged: its texts", "kept vector": "damaged: its vectors", "dropped vector": "damaged: its v"}
+    assert out.count(f"no vector of {path} is kept ({reason.get(kind, '')}") == 1
+    assert "keep the vector" not in out
+    assert len(embedded) == DISTINCT
+    assert files_of(daily) == expected
+
+
+def test_reuse_goes_by_the_catalogue_that_was_checked(daily, catalogue, monkeypatch, capsys):
+    """Another one, put there meanwhile, must not tell whose vectors these are."""
+    keys, read = embed_items.text_keys, []
+
+    def replacing(piece):
+        if not read:
+            next_day(catalogue).reverse().write_parquet(daily / "Tiny_items_updated.parquet")
+        read.append(len(piece))
+        return keys(piece)
+
+    monkeypatch.setattr(embed_items, "text_keys", replacing)
+    with pytest.raises(SystemExit) as exit_info:
+        main(flags(daily, "--reuse"))
+    assert exit_info.value.code == 2
+    assert "Tiny_items_updated.parquet: replaced while this run was reading it" in complaint(capsys.readouterr().err)
+    assert not list((daily / PARTIAL).glob("vectors-*"))
+
+
+@pytest.mark.parametrize("calls", [2, 5, 8, 9, 10])  # of keep: 8 pieces of the earlier output, and then batches
+def test_a_stopped_reuse_goes_on_to_the_same_bytes(in_slices, tmp_path, monkeypatch, embedded, capsys, calls):
+    few = ["--tokens_per_batch", "300", "--reuse"]
+    other = shutil.copytree(in_slices, tmp_path / "never stopped")
+    main(flags(other, *few))
+    whole, before = embedded.copy(), (in_slices / OUTPUT).read_bytes()
+    embedded.clear()
+    with monkeypatch.context() as patch:
+        stop_after(patch, calls)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(in_slices, *few))
+    assert (in_slices / OUTPUT).read_bytes() == before
+    assert (in_slices / PARTIAL / "vectors-reused").exists() == (calls > 8)
+    if calls <= 8:
+        assert not embedded
+        (in_slices / PARTIAL / "reused").write_bytes(b"what a run leaves that is killed and cannot tidy up")
+    main(flags(in_slices, *few))
+    assert set(embedded) == set(whole)
+    assert len(embedded) < 2 * len(whole)
+    assert "48 of 59 items keep the vector of an earlier run, 11 are embedded" in capsys.readouterr().out
+    assert files_of(in_slices) == files_of(other)
+
+
+def test_reused_vectors_that_are_damaged_after_a_stop_are_taken_again(in_slices, tmp_path, monkeypatch, embedded):
+    other = shutil.copytree(in_slices, tmp_path / "never stopped")
+    main(flags(other, *FEW, "--reuse"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(in_slices, *FEW, "--reuse"))
+    path = in_slices / PARTIAL / "vectors-reused"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content[:-7])
+    main(flags(in_slices, *FEW, "--reuse"))
+    assert files_of(in_slices) == files_of(other)
+
+
+def test_a_stopped_reuse_may_go_on_without(in_slices, monkeypatch, embedded, from_nothing):
+    expected = by_text(from_nothing(in_slices, *FEW))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(in_slices, *FEW, "--reuse"))
+    main(flags(in_slices, *FEW))
+    assert worst_cosine(by_text(in_slices), expected) > 1 - 1e-5
+
+
+def test_a_disk_that_is_full_of_reused_vectors_is_told(in_slices, capsys, full_disk, from_nothing):
+    expected = from_nothing(in_slices, *FEW)
+    before = files_of(in_slices)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        full_disk(main, flags(in_slices, *FEW, "--reuse"), limit=5000)
+    assert exit_info.value.code == 2
+    assert f"{PARTIAL}/reused: cannot be written" in complaint(capsys.readouterr().err)
+    assert {name: content for name, content in files_of(in_slices).items() if PARTIAL not in name} == before
+    main(flags(in_slices, *FEW, "--reuse"))
+    assert worst_cosine(by_text(in_slices), by_text(expected)) > 1 - 1e-5
 
 
 def test_the_command_reads_and_writes_data_output_where_it_runs(data_dir, tiny_encoder, run_script):

@@ -86,6 +86,16 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [int(child) for child in children.read_text().split()]
 
 
+def kill(job: subprocess.Popen) -> None:
+    """Ends all its processes at one instant."""
+    for worker in workers(job):  # before the job, which would let them write on
+        os.kill(worker, signal.SIGSTOP)
+    for worker in workers(job):
+        os.kill(worker, signal.SIGKILL)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_several_processes_write_the_bytes_of_one(folder, wanted, processes):
     status, out, err = end(start(processes, *flags(folder)))
@@ -97,17 +107,40 @@ def test_several_processes_write_the_bytes_of_one(folder, wanted, processes):
 def test_a_job_that_was_killed_goes_on_with_another_number_of_processes(folder, wanted):
     job = start(2, *flags(folder))
     wait_for_vectors(folder, 2)
-    for worker in workers(job):  # before the job, which would let them write on
-        os.kill(worker, signal.SIGSTOP)
-    for worker in workers(job):
-        os.kill(worker, signal.SIGKILL)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.communicate()
+    kill(job)
     assert (folder / PARTIAL).exists()
     status, out, err = end(start(3, *flags(folder)))
     assert status == 0, err
     assert int(re.search(r"([\d,]+) items were finished by an earlier run", out)[1]) > 0
     assert files_of(folder) == wanted
+
+
+@pytest.fixture
+def edited(tokenized, tmp_path) -> Path:
+    """A folder with the output of an earlier catalogue, in which a third of the texts were others."""
+    folder = shutil.copytree(tokenized, tmp_path / "edited")
+    embed_items.main(flags(folder))
+    text = pl.when(pl.int_range(pl.len()) % 3 == 1).then(pl.format("{} anew", "item_context")).otherwise("item_context")
+    items = pl.read_parquet(folder / "Tiny_items_updated.parquet").with_columns(item_context=text)
+    items.sample(fraction=1.0, shuffle=True, seed=1).write_parquet(folder / "Tiny_items_updated.parquet")
+    model = pl.read_parquet_metadata(folder / TARGET)["model_name"]
+    tokenize_items.main(["--category", "Tiny", "--data_dir", str(folder), "--model_name", model])
+    return folder
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_several_processes_reuse_as_one_does(edited, tmp_path, stopped):
+    other = shutil.copytree(edited, tmp_path / "one")
+    embed_items.main(flags(other, "--reuse"))
+    if stopped:
+        job = start(2, *flags(edited, "--reuse"))
+        wait_for_vectors(edited, 3)
+        kill(job)
+        assert (edited / PARTIAL / "vectors-reused").exists()
+    status, out, err = end(start(3 if stopped else 2, *flags(edited, "--reuse")))
+    assert status == 0, err
+    assert files_of(edited) == files_of(other)
+    assert out.count("of 400 items keep the vector of an earlier run") == 1
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -107,11 +107,11 @@ def compare_writing() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, cpu = Path(folder, "vectors.parquet"), torch.device("cpu")
         config = embed_items.EmbedConfig(data_dir=folder, target_dim=DIMENSIONS)
-        pl.DataFrame({"parent_asin": map(str, range(VECTORS))}).write_parquet(config.catalogue_path)
+        names = list(map(str, range(VECTORS)))
+        pl.DataFrame({"parent_asin": names, "item_context": names}).write_parquet(config.catalogue_path)
         rows = np.arange(VECTORS)
-        tokens = embed_items.Tokens(None, None, rows, rows, rows[:0], 0, 0, "", "", "", "", 0)
-        no_row = np.zeros(VECTORS, dtype=bool)
-        job = embed_items.Job(config, tokens, embed_items.stamp(config.catalogue_path), {}, False, no_row)
+        tokens = embed_items.Tokens(None, None, rows, rows, rows[:0], 0, 0, "", "", "", "", 0, "")
+        job = embed_items.Job(config, tokens, embed_items.stamp(config.catalogue_path), {}, False, rows, rows >= 0)
         finished = embed_items.FinishedVectors(config.partial, DIMENSIONS)
         finished.open({})
         finished.keep(generator.permutation(VECTORS), vectors)
@@ -169,7 +169,7 @@ def main() -> None:
         cut = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
         ids, mask = tokenize_items.pad(cut, 0, "left")
         told = {"max_length": MAX_LENGTH, "n_items": len(ids), "instruction": instruction}
-        told |= {"model_name": "", "fingerprint": "", "format_version": embed_items.FORMAT_VERSION}
+        told |= {"model_name": "", "fingerprint": "", "tokenizer": "", "format_version": embed_items.FORMAT_VERSION}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             np.savez(folder / "tokens.npz", input_ids=ids, attention_mask=mask, **told)
@@ -177,7 +177,8 @@ def main() -> None:
             start = time.perf_counter()
             prefix = embed_items.read_prefix(model, tokens.common)
             finished = embed_items.FinishedVectors(folder, config.target_dim)
-            embed_items.embed_all(model, tokens, config, prefix, finished, np.zeros(len(ids), dtype=bool))
+            wanted = np.flatnonzero(tokens.first == np.arange(len(ids)))
+            embed_items.embed_all(model, tokens, config, prefix, finished, wanted, np.zeros(len(ids), dtype=bool))
             stage.update(seconds=time.perf_counter() - start, tokens=tokens, skip=prefix.get_seq_length())
             files, which, position = finished.places(len(ids))
             return finished.read(files, which[tokens.first], position[tokens.first])
