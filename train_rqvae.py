@@ -2038,7 +2038,8 @@ def give_ids(
     ids[rest] = make_distinct(
         model, embeddings, order[rest], latents[torch.from_numpy(rest)], codes[rest], config.collisions, taken
     )
-    return Given(ids, np.where(kept[:, None], earlier.codes, codes), kept, known, retired)
+    codes = np.where(kept[:, None], earlier.codes, codes)
+    return Given(ids, codes, known & (ids == earlier.ids).all(1), known, retired)  # some recycled IDs found back
 
 
 def keeping_quality(errors: Tensor, given: Given, vanished: int, held_out_loss: float) -> dict:

@@ -191,6 +191,17 @@ def test_recycled_ids_may_be_given_again(folder):
     assert all(after[name] == before[name] for name in first_items()["parent_asin"][150:])
 
 
+def test_a_moved_item_that_finds_its_recycled_id_again_counts_as_kept(folder):
+    before = run(folder, "--export_only")
+    names, x = first_items()["parent_asin"].to_list(), embeddings_of(first_items()).numpy()
+    x[:100] = x[:100][::-1]  # a hundred items of one model trade places
+    write(folder, items(names, x))
+    after = export(folder, "--recycle_ids")
+    kept = sum(after[name] == id for name, id in before.items())
+    assert keeping(folder)["kept"] == kept
+    assert keeping(folder)["moved"] == N - kept > 0
+
+
 def test_where_the_ids_run_out_one_line_says_so_and_recycling_helps(folder, refused_export):
     run(folder, "--export_only")
     table = pl.concat([first_items()[200:], new_items(300)])  # 100 + 300 items and 200 retired IDs of 512
