@@ -917,6 +917,7 @@ def reuse(job: Job, model: PreTrainedModel, way: dict[str, str], finished: Finis
             take_over(path, heir, told.get("vectors"), finished)
     except (*UNREADABLE, ValueError, TypeError) as error:
         print(f"no vector of {path} is kept ({first_line(error)}): all items are embedded")
+        (finished.folder / "vectors-reused").unlink(missing_ok=True)  # as a stopped run may have kept some
         return np.empty(0, dtype=int)
     kept = int(np.isin(job.tokens.first, rows).sum())
     print(f"{kept:,} of {n:,} items keep the vector of an earlier run, {n - kept:,} are embedded")
@@ -977,6 +978,7 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | 
     job = Job(config, tokens, catalogue_stamp, metadata | way, shares_start, distinct, which >= 0)
     if config.reuse:
         job = job._replace(wanted=np.setdiff1d(distinct, reuse(job, model, way, finished)))
+        job = job._replace(is_done=finished.places(n)[1] >= 0)
     return job, model
 
 

@@ -172,7 +172,9 @@ class RQVAEConfig:
         default=None,
         help="With --export_only: an earlier export of the same model, whose items keep their IDs while these fit.",
     )
-    recycle_ids: bool = HfArg(default=False, help="With --keep_ids: give the IDs of vanished items out again.")
+    recycle_ids: bool = HfArg(
+        default=False, help="With --keep_ids: give the IDs of vanished and moved items out again."
+    )
     collisions: Literal["assign", "suffix", "keep"] = HfArg(
         default="assign",
         help="Items with equal codes: assign each another last code, add one more code, or keep them equal.",
@@ -205,15 +207,15 @@ class RQVAEConfig:
             raise ValueError(f"--max_steps {self.max_steps}: must be at least 1 and at most {LARGEST:,}, or -1")
         if not all(1 <= width <= LARGEST for width in self.encoder_hidden_dims):
             raise ValueError(f"--encoder_hidden_dims {self.encoder_hidden_dims}: must each be 1 to {LARGEST:,}")
-        if self.keep_ids and not self.export_only:
+        if self.keep_ids is not None and not self.export_only:
             raise ValueError(
                 "--keep_ids: give --export_only too, as the codes of a newly trained model mean other things"
             )
-        if self.keep_ids and self.num_rows:
+        if self.keep_ids is not None and self.num_rows:
             raise ValueError("--keep_ids: leave --num_rows out, or the IDs of all other items would count as vanished")
-        if self.keep_ids and self.collisions == "keep":
+        if self.keep_ids is not None and self.collisions == "keep":
             raise ValueError("--keep_ids: there is nothing to keep apart with --collisions keep")
-        if self.recycle_ids and not self.keep_ids:
+        if self.recycle_ids and self.keep_ids is None:
             raise ValueError("--recycle_ids: give --keep_ids too")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
@@ -296,8 +298,12 @@ def check_files(config: RQVAEConfig) -> None:
     check_source(config.source)
     if config.export_only and not os.path.isfile(config.best_path):
         fail(config.best_path, "not found", "train first, or name another --checkpoint_dir")
-    if config.keep_ids and not os.path.isfile(config.keep_ids):
-        fail(config.keep_ids, "not found", "name an earlier export, or leave --keep_ids out to give all items new IDs")
+    if config.keep_ids is not None and not os.path.isfile(config.keep_ids):
+        fail(
+            f"--keep_ids {config.keep_ids}",
+            "not found",
+            "name an earlier export, or leave --keep_ids out to give all items new IDs",
+        )
 
 
 if __name__ == "__main__":  # what is wrong here is told before the imports below, which take seconds
@@ -324,6 +330,8 @@ try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None
+
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # what a damaged parquet file raises
 
 
 # ---------------------------------------------------------------- several processes
@@ -506,7 +514,7 @@ class EmbeddingDataset(Dataset):
             bounds = shard_bounds(n)
             vectors = self._read_vectors(file, bounds[RANK], bounds[RANK + 1], rows, path)
             self.embeddings = Shards(vectors, bounds) if RANKS > 1 else vectors  # (N, D)
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        except UNREADABLE as error:
             fail(path, f"not a readable parquet file ({first_line(error)})", again)
 
     def _check_names(self, path: Path) -> None:
@@ -1229,6 +1237,11 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
     return codes
 
 
+def room_below(parent: int, others: np.ndarray, size: int, capacity: int) -> np.ndarray:
+    """IDs left below each code of a parent: (K), of `capacity` each. others (T) parent * size + code of those taken."""
+    return capacity - np.diff(np.searchsorted(others, parent * size + np.arange(size + 1)))
+
+
 def assign_distinct(
     latents: np.ndarray,
     codes: np.ndarray,
@@ -1249,27 +1262,22 @@ def assign_distinct(
     codes = np.concatenate([codes, taken])  # the taken ones only count
     parents = np.zeros(len(codes), dtype=np.int64)  # (N + T) one number for the codes above the level
     for level in range(levels):
-        capacity = min(
-            len(codes), size ** (levels - 1 - level)
-        )  # IDs below each code of this level, as far as it counts
+        # IDs below each code of this level, as far as so many items can tell
+        capacity = min(len(codes), size ** (levels - 1 - level))
         prefixes = parents * size + codes[:, level]
         _, keys, counts = np.unique(prefixes, return_inverse=True, return_counts=True)
         affected = np.flatnonzero(np.isin(parents[:n], parents[counts[keys] > capacity]))
         groups, others = [affected[group] for group in group_rows(parents[affected])], np.sort(prefixes[n:])
-
-        def room_below(rows: np.ndarray) -> np.ndarray:  # IDs left below each code (K), with the prefix of these rows
-            first = parents[rows[0]] * size  # noqa: B023  called in this turn of the loop only
-            return capacity - np.diff(np.searchsorted(others, first + np.arange(size + 1)))  # noqa: B023
-
         if level == levels - 1:
             costs = last_costs(groups, codes[[group[0] for group in groups], :-1])
             for rows, cost in zip(groups, costs, strict=True):
-                free = np.flatnonzero(room_below(rows))
+                free = np.flatnonzero(room_below(parents[rows[0]], others, size, capacity))
                 codes[rows, level] = free[linear_sum_assignment(cost[:, free])[1]]
             break
         for rows in groups:
             left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
-            target = spill(codes[rows, level], left, codebooks[level], room_below(rows))
+            room = room_below(parents[rows[0]], others, size, capacity)
+            target = spill(codes[rows, level], left, codebooks[level], room)
             moved = target != codes[rows, level]
             rows, left = rows[moved], left[moved]
             codes[rows, level] = target[moved]
@@ -1792,7 +1800,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
         "coherence_of_any_two": coherence(embeddings, encoded, 0, seed),
         "as_encoded": of_ids(encoded),
         "as_written": of_ids(written),
-        "moved": float((written[:, :levels] != encoded).any(1).mean()),
+        "displaced": float((written[:, :levels] != encoded).any(1).mean()),
     }
 
 
@@ -1880,7 +1888,7 @@ def show_tree(tree: list[Example]) -> str:
 @torch.inference_mode()
 def make_distinct(
     model: RQVAE,
-    embeddings: Tensor,
+    embeddings: Tensor | Shards,
     order: np.ndarray,
     latents: Tensor,
     codes: np.ndarray,
@@ -1915,19 +1923,24 @@ def make_distinct(
 
 
 def packed(codes: np.ndarray) -> str:
-    """Numbers (n, w) below 2^31 as text, for the metadata of a parquet file; sorted rows become few bytes each."""
-    return base64.b64encode(zlib.compress(np.ascontiguousarray(codes.T, "<i4"))).decode()
+    """Numbers (n, w) below 2^31, sorted by the first, as text for the metadata of a parquet file: some bytes a row."""
+    columns = np.array(codes.T, "<i4", order="C")
+    columns[0] = np.diff(columns[0], prepend=0)
+    return base64.b64encode(zlib.compress(columns)).decode()
 
 
 def unpacked(text: str, width: int) -> np.ndarray:
     """What was packed: (n, width) int64."""
     columns = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<i4").reshape(width, -1)
-    return np.ascontiguousarray(columns.T, np.int64)
+    codes = np.array(columns.T, np.int64)
+    codes[:, 0] = codes[:, 0].cumsum()
+    return codes
 
 
-def ids_digest(names: pl.Series, ids: np.ndarray) -> str:
-    """SHA-256 of the names of items and of their IDs (N, w)."""
-    return hashlib.sha256(names_digest(names).encode() + np.ascontiguousarray(ids, "<i4").tobytes()).hexdigest()
+def ids_digest(names: pl.Series, ids: np.ndarray, *packed_codes: str) -> str:
+    """SHA-256 of the names of items, of their IDs (N, w), and of what else an export tells the next one."""
+    texts = names_digest(names) + "".join(packed_codes)
+    return hashlib.sha256(texts.encode() + np.ascontiguousarray(ids, "<i4").tobytes()).hexdigest()
 
 
 class Earlier(NamedTuple):
@@ -1949,42 +1962,43 @@ def read_earlier(path: Path, names: pl.Series, metadata: dict[str, str], shape: 
 
     `metadata` is what made_from says of the IDs to write.
     """
-    levels, another = shape.codebook_quantization_levels, "name another export, or leave --keep_ids out for new IDs"
-    width = levels + (metadata["collisions"] == "suffix")
+    levels, size = shape.codebook_quantization_levels, shape.codebook_size
+    width, another = levels + (metadata["collisions"] == "suffix"), "name another, or leave --keep_ids out for new IDs"
     try:
         found, table = pl.read_parquet_metadata(path), pl.read_parquet(path, glob=False)
         for name in ("model", "collisions"):
             if found.get(name) != metadata[name]:
                 trouble = f"not made with this {name}, so that its IDs mean other things"
                 fail(path, trouble, another if name == "model" else "give the same --collisions as then")
+        if "ids" not in found:
+            way_out = "run --export_only without --keep_ids on the embeddings of then: it writes the same IDs, and that"
+            fail(path, "written by an earlier version, which did not note what has to be kept", way_out)
         ids = table.select(pl.col(f"semantic_id_{level}").cast(pl.Int64) for level in range(width)).to_numpy()
-        if found["ids"] != ids_digest(table["parent_asin"], ids):
+        if found["ids"] != ids_digest(table["parent_asin"], ids, found["displaced"], found["retired"]):
             raise ValueError("its IDs are not those that were written")
-        codes, displaced = ids[:, :levels].copy(), unpacked(found["displaced"], 1 + levels)
-        codes[displaced[:, 0]] = displaced[:, 1:]
-        retired = unpacked(found["retired"], width)
-    except (
-        pl.exceptions.PolarsError,
-        pl.exceptions.PanicException,
-        OSError,
-        ValueError,
-        KeyError,
-        zlib.error,
-    ) as error:
+        displaced, retired = unpacked(found["displaced"], 1 + levels), unpacked(found["retired"], width)
+        every = np.concatenate([ids, retired])
+        all_codes = np.concatenate([every[:, :levels], displaced[:, 1:]])
+        sound = table["parent_asin"].n_unique() == len(table) > 0 and len(np.unique(every, axis=0)) == len(every)
+        sound = sound and all_codes.min() >= 0 and all_codes.max() < size and every.min() >= 0
+        if not sound or not ((displaced[:, 0] >= 0) & (displaced[:, 0] < len(table))).all():
+            raise ValueError("its IDs are not distinct IDs of distinct items")
+    except (*UNREADABLE, ValueError, KeyError, zlib.error) as error:
         fail(path, f"damaged, or not an export with distinct IDs ({first_line(error)})", another)
+    codes = ids[:, :levels].copy()
+    codes[displaced[:, 0]] = displaced[:, 1:]
     there = pl.DataFrame({"parent_asin": table["parent_asin"]}).with_row_index("row")
     row = pl.DataFrame({"parent_asin": names}).join(there, on="parent_asin", how="left", maintain_order="left")["row"]
     known, row = row.is_not_null().to_numpy(), row.fill_null(0).to_numpy()
-    is_gone = np.ones(len(ids), dtype=bool)
-    is_gone[row[known]] = False
-    return Earlier(
-        np.where(known[:, None], ids[row], -1), np.where(known[:, None], codes[row], -1), ids[is_gone], retired
-    )
+    vanished = np.ones(len(ids), dtype=bool)
+    vanished[row[known]] = False
+    ids_now, codes_now = (np.where(known[:, None], each[row], -1) for each in (ids, codes))
+    return Earlier(ids_now, codes_now, ids[vanished], retired)
 
 
 @torch.inference_mode()
 def decoded_errors(model: RQVAE, embeddings: Tensor | Shards, rows: np.ndarray, codes: np.ndarray) -> Tensor:
-    """Mean square over D of what codes (M, L) miss of those rows (M) of embeddings (N, D), standardised: (M).
+    """Mean square over D of what codes (M, L or L + 1) miss of rows (M) of embeddings (N, D), standardised: (M).
 
     Their mean is the unexplained variance, as a share of that of the training items.
     """
@@ -1992,7 +2006,8 @@ def decoded_errors(model: RQVAE, embeddings: Tensor | Shards, rows: np.ndarray, 
     at_once = rows_per_pass(device, width=1)
     for start in range(0, len(rows), at_once):
         some = slice(start, start + at_once)
-        decoded = model.decoded(model.decode_levels(torch.from_numpy(codes[some]).to(device))).float()
+        ids = torch.from_numpy(codes[some, : len(model.quantizers)]).to(device)
+        decoded = model.decoded(model.decode_levels(ids)).float()
         found.append((model.standardise(embeddings[rows[some]].to(device)) - decoded).square().mean(1).cpu())
     return torch.cat(found)
 
@@ -2019,43 +2034,60 @@ def give_ids(
     """An ID for each of embeddings (N, D): order (N) of its rows, latents (N, E) and codes (N, L) in that order.
 
     An item keeps the ID that it had, unless the codes which that was given for decode worse than the best ones by now,
-    as when its text has become another. IDs of such items and of vanished ones are not given out again.
+    as when its text has become another, and there is a free ID that decodes better too. IDs of such items and of
+    vanished ones are not given out again.
     """
+
+    def still_fits(rows: np.ndarray, before: np.ndarray, now: np.ndarray) -> np.ndarray:
+        old, new = (decoded_errors(model, embeddings, order[rows], some[rows]) for some in (before, now))
+        return (old <= MOVE_FROM * new.clamp_min(LEAST_ERROR)).numpy()
+
     known = earlier.ids[:, 0] >= 0
     kept, doubtful = known.copy(), np.flatnonzero(known & (earlier.codes != codes).any(1))
-    before, now = (
-        decoded_errors(model, embeddings, order[doubtful], some[doubtful]) for some in (earlier.codes, codes)
-    )
-    kept[doubtful] = before <= MOVE_FROM * now.clamp_min(LEAST_ERROR)
-    retired = np.concatenate([earlier.retired, earlier.vanished, earlier.ids[known & ~kept]])
-    retired = retired[np.lexsort(retired.T[::-1])] if not config.recycle_ids else retired[:0]
-    taken, rest = np.concatenate([earlier.ids[kept], retired]), np.flatnonzero(~kept)
+    kept[doubtful] = still_fits(doubtful, earlier.codes, codes)
+    closed = earlier.ids[:0] if config.recycle_ids else np.concatenate([earlier.retired, earlier.vanished])
+    taken = np.concatenate([earlier.ids[known], closed])  # also those of items that may move: nobody else gets them
     free = model.config.codebook_size**model.config.codebook_quantization_levels - len(taken)
-    if config.collisions == "assign" and len(rest) > free:
-        trouble = f"{len(rest):,} items need an ID, and {max(0, free):,} are left beside those kept and retired"
-        fail(config.keep_ids, trouble, "give --recycle_ids too, or train again with more codes or levels")
-    ids = earlier.ids.copy()
+    if config.collisions == "assign" and free < (~kept).sum():
+        kept = known.copy()  # no room to move
+        if free < (~kept).sum():
+            trouble = f"{(~kept).sum():,} new items, and only {free:,} IDs are left beside those kept and retired"
+            fail(config.keep_ids, trouble, "give --recycle_ids too, or train again with more codes or levels")
+    ids, rest = earlier.ids.copy(), np.flatnonzero(~kept)
     ids[rest] = make_distinct(
         model, embeddings, order[rest], latents[torch.from_numpy(rest)], codes[rest], config.collisions, taken
     )
-    codes = np.where(kept[:, None], earlier.codes, codes)
-    return Given(ids, codes, known & (ids == earlier.ids).all(1), known, retired)  # some recycled IDs found back
+    moved = np.flatnonzero(known & ~kept)
+    kept[moved] = still_fits(moved, earlier.ids, ids)
+    ids[kept] = earlier.ids[kept]
+    retired = closed if config.recycle_ids else np.concatenate([closed, earlier.ids[known & ~kept]])
+    retired = retired[np.lexsort(retired.T[::-1])]
+    return Given(ids, np.where(kept[:, None], earlier.codes, codes), kept, known, retired)
 
 
-def keeping_quality(errors: Tensor, given: Given, vanished: int, held_out_loss: float) -> dict:
-    """Of an export with kept IDs, ready for JSON: errors (N) of its IDs as written, in the order of `given`."""
-    kept = torch.from_numpy(given.kept)
-    unexplained = [part.mean().item() if len(part) else None for part in (errors[kept], errors[~kept])]
-    judged = len(errors[~kept]) >= FEWEST_JUDGED and math.isfinite(held_out_loss)
+def keeping_quality(
+    model: RQVAE, embeddings: Tensor | Shards, order: np.ndarray, codes: np.ndarray, given: Given, held_out_loss: float
+) -> dict:
+    """What became of the items of an earlier export, ready for JSON; codes (N, L) are the best ones, in `order` (N)."""
+    moved, new = given.known & ~given.kept, ~given.known
+    written, encoded = (decoded_errors(model, embeddings, order, some) for some in (given.ids, codes))
+
+    def unexplained(errors: Tensor, which: np.ndarray) -> float | None:
+        return errors[torch.from_numpy(which)].mean().item() if which.any() else None
+
+    others = torch.from_numpy(~given.kept)
+    judged = others.sum() >= FEWEST_JUDGED and math.isfinite(held_out_loss)
     return {
         "kept": int(given.kept.sum()),
-        "moved": int((given.known & ~given.kept).sum()),
-        "new": int((~given.known).sum()),
-        "vanished": vanished,
+        "moved": int(moved.sum()),
+        "new": int(new.sum()),
         "retired_ids": len(given.retired),
-        "unexplained_variance_of_kept": unexplained[0],
-        "unexplained_variance_of_others": unexplained[1],
-        "loss_of_others": reconstruction_loss(errors[~kept]).item() if judged else None,
+        "unexplained_of_training_variance": {  # of IDs as written, and of new items as encoded
+            "new": unexplained(written, new),
+            "new_as_encoded": unexplained(encoded, new),
+            "rest": unexplained(written, ~new),
+        },
+        "loss_of_new_and_moved_as_encoded": reconstruction_loss(encoded[others]).item() if judged else None,
         "held_out_loss": held_out_loss if judged else None,
     }
 
@@ -2064,9 +2096,10 @@ def show_keeping(quality: dict) -> None:
     counts = (f"{quality[name]:,}" for name in ("kept", "moved", "new", "vanished", "retired_ids"))
     print("\n{} items keep their ID, {} moved to another, {} are new and {} have vanished; "
           "{} IDs are not given out again".format(*counts))  # fmt: skip
-    kept, others = (show(quality[f"unexplained_variance_of_{which}"], ".4f") for which in ("kept", "others"))
-    print(f"unexplained variance: {kept} of the items that keep their ID, {others} of the others")
-    loss, held_out = quality["loss_of_others"], quality["held_out_loss"]
+    new, encoded, rest = (show(value, ".4f") for value in quality["unexplained_of_training_variance"].values())
+    print(f"unexplained, as a share of the training items' variance: {new} of the new items ({encoded} as encoded), "
+          f"{rest} of the rest")  # fmt: skip
+    loss, held_out = quality["loss_of_new_and_moved_as_encoded"], quality["held_out_loss"]
     if loss is not None and loss > WORSE_FIT * held_out:
         warn(
             f"the model no longer fits this catalogue (reconstruction loss {loss:.3f} of the new and moved items, "
@@ -2097,7 +2130,7 @@ def export(
     order = on_rank_0(lambda: dataset.parent_asin.arg_sort().to_numpy().astype(np.int64))
     levels = model.config.codebook_quantization_levels
     earlier = Earlier.none(len(order), levels, levels + (config.collisions == "suffix"))
-    if config.keep_ids and RANK == 0:
+    if config.keep_ids is not None and RANK == 0:
         earlier = read_earlier(Path(config.keep_ids), dataset.parent_asin[order], metadata, model.config)
     latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
     if RANK:
@@ -2115,17 +2148,16 @@ def export(
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
     distinct = table["semantic_id"].n_unique() / len(table)
     assert distinct == 1 or config.collisions == "keep", "two items have one ID"
-    displaced = np.flatnonzero((written[:, :levels] != before).any(1))
-    metadata |= {  # for the next export to keep these IDs
-        "ids": ids_digest(dataset.parent_asin, written),
-        "displaced": packed(np.column_stack([displaced, before[displaced]])),
-        "retired": packed(given.retired),
-    }
+    rows = np.flatnonzero((written[:, :levels] != before).any(1))
+    displaced, retired = packed(np.column_stack([rows, before[rows]])), packed(given.retired)
+    # for the next export to keep these IDs
+    metadata |= {"displaced": displaced, "retired": retired}
+    metadata["ids"] = ids_digest(dataset.parent_asin, written, displaced, retired)
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
-    if config.keep_ids:
-        errors = decoded_errors(model, dataset.embeddings, order, given.ids[:, :levels])
-        quality["keep_ids"] = keeping_quality(errors, given, len(earlier.vanished), held_out_loss)
+    if config.keep_ids is not None:
+        found = keeping_quality(model, dataset.embeddings, order, codes.cpu().numpy(), given, held_out_loss)
+        quality["keep_ids"] = found | {"vanished": len(earlier.vanished)}
     on_rank_0(lambda: None)  # the others have served
     tree = example_tree(written, table["semantic_id"], dataset.labels)
     with replacing(config.ids_path) as ids_file:
@@ -2142,12 +2174,12 @@ def export(
     print(f"cosine of items that share them, {any_two} for any two items, over {COHERENCE_PAIRS:,} random pairs")
     print(f"\n{id_table(quality)}")
     if config.collisions == "assign":
-        print(f"{quality['moved']:.2%} of the items have another ID than as encoded, found in {seconds:.1f} s")
+        print(f"{quality['displaced']:.2%} of the items have another ID than as encoded, found in {seconds:.1f} s")
     print(f"mean norm of the last residual: {residual_norm:.3f}")
     whole = quality["sampled_items"] == len(table)
     print(f"recall is of {quality['recall_queries']:,} items", end="" if whole else "; ")
     print("" if whole else f"it and the reconstruction are of a sample of {quality['sampled_items']:,} items")
-    if config.keep_ids:
+    if config.keep_ids is not None:
         show_keeping(quality["keep_ids"])
     print(f"\nsome prefixes and their items:\n{show_tree(tree)}")
     print(f"\nwrote {config.ids_path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {config.quality_path}")
@@ -2293,7 +2325,7 @@ def is_complete(config: RQVAEConfig, dataset: EmbeddingDataset, data: str, total
         found = pl.read_parquet_metadata(config.ids_path)
         same = all(found.get(name) == value for name, value in made_from(config, data).items())
         return same and pl.read_parquet(config.ids_path)["parent_asin"].equals(dataset.parent_asin)
-    except (ValueError, TypeError, KeyError, OSError, pl.exceptions.PolarsError):  # gone, or damaged
+    except (*UNREADABLE, ValueError, TypeError, KeyError):  # gone, or damaged
         return False
 
 

@@ -1320,6 +1320,27 @@ def test_a_stopped_reuse_may_go_on_without(in_slices, monkeypatch, embedded, fro
     assert worst_cosine(by_text(in_slices), expected) > 1 - 1e-5
 
 
+@pytest.mark.parametrize("why", ["gone", "the model"])
+def test_what_a_stopped_reuse_had_kept_goes_where_nothing_is_kept_any_more(
+    in_slices, monkeypatch, embedded, capsys, why
+):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 9)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(in_slices, *FEW, "--reuse"))
+    assert (in_slices / PARTIAL / "vectors-reused").exists()
+    if why == "gone":
+        (in_slices / OUTPUT).unlink()
+    else:
+        monkeypatch.setattr(embed_items, "still_agrees", lambda *_: False)
+    finished = set(embedded)
+    embedded.clear()
+    main(flags(in_slices, *FEW, "--reuse"))
+    assert "all items are embedded" in capsys.readouterr().out
+    texts = set(pl.read_parquet(in_slices / "Tiny_items_updated.parquet")["item_context"])
+    assert texts <= finished | set(embedded)
+
+
 def test_a_disk_that_is_full_of_reused_vectors_is_told(in_slices, capsys, full_disk, from_nothing):
     expected = from_nothing(in_slices, *FEW)
     before = files_of(in_slices)

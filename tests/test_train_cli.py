@@ -384,7 +384,7 @@ def test_report_is_of_the_ids_that_were_written(copy, capsys):
     counts = np.unique(codes, axis=0, return_counts=True)[1]
     quality = quality_of(copy)
     assert quality["collisions"] == "keep"
-    assert quality["moved"] == 0
+    assert quality["displaced"] == 0
     assert quality["as_encoded"] == quality["as_written"]
     assert quality["as_written"]["distinct"] == pytest.approx(len(counts) / N)
     assert quality["as_written"]["largest_collision"] == counts.max()

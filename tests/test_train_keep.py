@@ -52,6 +52,12 @@ def new_items(n: int, seed: int = 2) -> pl.DataFrame:
     return items([f"A{seed}{name:04}" for name in range(n)], vectors(n, seed))
 
 
+def strange_items(n: int) -> pl.DataFrame:
+    """Items in any direction."""
+    x = np.random.default_rng(8).normal(size=(n, DIM))
+    return items([f"A{i}" for i in range(n)], (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32))
+
+
 def ids_path(folder: Path) -> Path:
     return folder / "data" / "Tiny_semantic_ids.parquet"
 
@@ -191,17 +197,15 @@ def test_recycled_ids_may_be_given_again(folder):
     assert all(after[name] == before[name] for name in first_items()["parent_asin"][150:])
 
 
-def test_a_moved_item_that_finds_its_recycled_id_again_counts_as_kept(folder):
+@pytest.mark.parametrize("switches", [[], ["--recycle_ids"]], ids=str)
+def test_where_no_id_is_free_changed_items_stay(folder, switches):
     table = pl.concat([first_items(), new_items(SIZE**LEVELS - N)])  # every ID is in use
     write(folder, table)
     before = run(folder, "--export_only")
     x = embeddings_of(table).numpy()
-    x[:100] += 0.05 * np.random.default_rng(0).normal(size=(100, DIM)).astype(np.float32)
+    x[:100] = x[:100][::-1]
     write(folder, items(table["parent_asin"].to_list(), x))
-    after = export(folder, "--recycle_ids")
-    kept = sum(after[name] == id for name, id in before.items())
-    assert keeping(folder)["kept"] == kept
-    assert keeping(folder)["moved"] == len(table) - kept > 0
+    assert export(folder, *switches) == before
 
 
 def test_where_the_ids_run_out_one_line_says_so_and_recycling_helps(folder, refused_export):
@@ -209,7 +213,7 @@ def test_where_the_ids_run_out_one_line_says_so_and_recycling_helps(folder, refu
     table = pl.concat([first_items()[200:], new_items(300)])  # 100 + 300 items and 200 retired IDs of 512
     write(folder, table)
     line = refused_export(folder)
-    assert "300 items need an ID, and 212 are left" in line
+    assert "300 new items, and only 212 IDs are left" in line
     assert "--recycle_ids" in line
     after = export(folder, "--recycle_ids")
     assert len(set(after.values())) == 400
@@ -247,6 +251,53 @@ def test_a_changed_item_moves_once_another_id_fits_it_better(roomy):
     assert keeping(roomy)["moved"] == keeping(roomy)["retired_ids"] == sum(moved)
 
 
+def errors(folder: Path, table: pl.DataFrame, ids: dict[str, str]) -> np.ndarray:
+    """Squared distance of each item to what its ID decodes to."""
+    codes = torch.tensor([list(map(int, ids[name].split("-"))) for name in table["parent_asin"]])
+    off = load_model(folder).decode_from_semantic_ids(codes) - embeddings_of(table)
+    return off.square().sum(1).numpy()
+
+
+@pytest.mark.parametrize("switches", [[], ["--recycle_ids"]], ids=str)
+def test_no_item_moves_to_an_id_that_fits_it_no_better(folder, switches):
+    write(folder, pl.concat([first_items(), new_items(150)]))  # 450 of 512 IDs: the best ones are often taken
+    before = run(folder, "--export_only")
+    x = embeddings_of(first_items()).numpy()
+    x[:100] += 0.12 * np.random.default_rng(1).normal(size=(100, DIM)).astype(np.float32)
+    table = pl.concat([items(first_items()["parent_asin"].to_list(), x), new_items(150)])
+    write(folder, table)
+    after = export(folder, *switches)
+    moved = np.array([after[name] != before[name] for name in table["parent_asin"]])
+    assert 3 < moved.sum() < 100
+    assert (errors(folder, table, before)[moved] > 1.04 * errors(folder, table, after)[moved]).all()
+
+
+def test_an_item_that_drifts_is_judged_by_what_its_id_was_given_for(roomy):
+    before = run(roomy, "--export_only")
+    names, x = first_items()["parent_asin"].to_list(), embeddings_of(first_items()).numpy()
+    goal, moved = x[:20][::-1].copy(), set()
+    for step in range(1, 21):  # each day a twentieth of the way to another item
+        now = x.copy()
+        now[:20] += (goal - x[:20]) * step / 20
+        write(roomy, items(names, now))
+        after = export(roomy)
+        moved |= {name for name in names if after[name] != before[name]}
+        assert set(names[20:]).isdisjoint(moved)
+    assert len(moved) > 12
+    table, fresh = items(names, now), run(roomy, "--export_only")
+    assert (errors(roomy, table, after)[:20] < 1.5 * errors(roomy, table, fresh)[:20] + 1e-3).mean() > 0.8
+
+
+def test_errors_too_small_to_matter_move_nothing(roomy, monkeypatch):
+    before = run(roomy, "--export_only")
+    noise = 0.05 * np.random.default_rng(0).normal(size=(N, DIM)).astype(np.float32)
+    write(roomy, items(first_items()["parent_asin"].to_list(), embeddings_of(first_items()).numpy() + noise))
+    monkeypatch.setattr(train_rqvae, "LEAST_ERROR", 10.0)
+    assert export(roomy) == before
+    monkeypatch.undo()
+    assert export(roomy) != before
+
+
 def test_vectors_that_differ_by_rounding_move_nothing_not_even_items_that_had_collided(folder):
     table = pl.concat([first_items(), items([f"C{i}" for i in range(40)], np.repeat(vectors(1, seed=3), 40, axis=0))])
     write(folder, table)
@@ -278,25 +329,35 @@ def test_an_item_that_comes_back_gets_a_new_id(folder):
 
 def test_figures_are_those_of_the_ids_that_were_written(folder, capsys):
     run(folder, "--export_only")
-    table = pl.concat([first_items(), new_items(60)])
+    table = pl.concat([first_items(), new_items(200)])
     write(folder, table)
-    export(folder)
-    found, model, x = keeping(folder), load_model(folder), embeddings_of(table)
-    codes = pl.read_parquet(ids_path(folder)).select(f"semantic_id_{level}" for level in range(LEVELS)).to_numpy()
-    off = (model.decode_from_semantic_ids(torch.from_numpy(codes).long()) - x).square().mean(1) / model.input_scale**2
-    assert found["unexplained_variance_of_kept"] == pytest.approx(off[:N].mean().item(), rel=1e-4)
-    assert found["unexplained_variance_of_others"] == pytest.approx(off[N:].mean().item(), rel=1e-4)
+    after = export(folder)
+    model, x = load_model(folder), embeddings_of(table)
+    scale = DIM * model.input_scale.item() ** 2
+    best = (model.decode_from_semantic_ids(model.encode_to_semantic_ids(x)) - x).square().sum(1).numpy() / scale
+    off = errors(folder, table, after) / scale
+    assert keeping(folder)["unexplained_of_training_variance"] == {
+        "new": pytest.approx(off[N:].mean(), rel=1e-4),
+        "new_as_encoded": pytest.approx(best[N:].mean(), rel=1e-4),
+        "rest": pytest.approx(off[:N].mean(), rel=1e-4),
+    }
     out = capsys.readouterr()
-    assert "300 items keep their ID, 0 moved to another, 60 are new and 0 have vanished" in out.out
+    assert "300 items keep their ID, 0 moved to another, 200 are new and 0 have vanished" in out.out
+    assert off[N:].mean() > 1.1 * best[N:].mean()  # for 200 new items of 212 free IDs
     assert "no longer fits" not in out.err  # they come from the centres that the model has learned
+
+
+def test_without_held_out_items_nothing_is_said_of_the_fit(folder, capsys):
+    run(folder, "--overwrite", val_split=0)
+    write(folder, pl.concat([first_items(), strange_items(60)]))
+    export(folder)
+    assert "no longer fits" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n", [20, 60])
 def test_a_model_that_no_longer_fits_is_warned_of_once_there_are_items_enough_to_tell(folder, capsys, n):
     run(folder, "--export_only")
-    strange = np.random.default_rng(8).normal(size=(n, DIM))
-    strange = (strange / np.linalg.norm(strange, axis=1, keepdims=True)).astype(np.float32)
-    write(folder, pl.concat([first_items(), items([f"A{i}" for i in range(n)], strange)]))
+    write(folder, pl.concat([first_items(), strange_items(n)]))
     export(folder)
     assert ("no longer fits this catalogue" in capsys.readouterr().err) == (n == 60)
 
@@ -323,7 +384,8 @@ def refused_export(capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: not found"),
+        ({"keep_ids": "nowhere.parquet"}, "--keep_ids nowhere.parquet: not found"),
+        ({"keep_ids": ""}, "not found"),
         ({"num_rows": 100}, "leave --num_rows out"),
         ({"collisions": "keep"}, "--collisions keep"),
         ({"collisions": "suffix"}, "not made with this collisions"),
@@ -368,6 +430,48 @@ def test_a_damaged_export_is_refused(folder, refused_export, kind):
         metadata[kind] = metadata[kind][:-1]
     table.write_parquet(ids_path(folder), metadata=metadata)
     assert "damaged" in refused_export(folder)
+
+
+CRAFTED = {  # by somebody who knows the digest
+    "a row that is not there": {"displaced": [[N, 1, 1, 1]]},
+    "a negative row": {"displaced": [[-1, 1, 1, 1]]},
+    "no code": {"displaced": [[0, 1, SIZE, 1]]},
+    "a negative code": {"displaced": [[0, 1, -1, 1]]},
+    "a retired ID of no code": {"retired": [[1, 1, 99]]},
+    "a retired ID that is in use": {"retired": "used"},
+    "two items of one name": {"names": "equal"},
+    "two items of one ID": {"ids": "equal"},
+    "no rows": {"rows": 0},
+}
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_an_export_that_cannot_be_is_refused(folder, refused_export, kind):
+    table, found, change = pl.read_parquet(ids_path(folder)), pl.read_parquet_metadata(ids_path(folder)), CRAFTED[kind]
+    columns = [f"semantic_id_{level}" for level in range(LEVELS)]
+    if "names" in change:
+        table = table.with_columns(pl.col("parent_asin").first())
+    if "ids" in change:
+        table = table.with_columns(pl.col(columns).first())
+    table = table.head(change.get("rows", len(table)))
+    if change.get("retired") == "used":
+        change = {"retired": table.select(columns).head(1).to_numpy()}
+    found.pop("ARROW:schema", None)
+    found |= {name: train_rqvae.packed(np.array(change[name])) for name in change.keys() & {"displaced", "retired"}}
+    ids = table.select(columns).to_numpy().astype(np.int64)
+    found["ids"] = train_rqvae.ids_digest(table["parent_asin"], ids, found["displaced"], found["retired"])
+    table.write_parquet(ids_path(folder), metadata=found)
+    assert "damaged" in refused_export(folder)
+
+
+def test_an_export_of_an_earlier_version_can_be_made_anew(folder, refused_export):
+    table, found = pl.read_parquet(ids_path(folder)), pl.read_parquet_metadata(ids_path(folder))
+    old = {name: found[name] for name in ("model", "embeddings", "collisions")}
+    table.write_parquet(ids_path(folder), metadata=old)
+    assert "written by an earlier version" in refused_export(folder)
+    before = run(folder, "--export_only")
+    assert before == dict(table.select("parent_asin", "semantic_id").iter_rows())
+    assert export(folder) == before
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet" * 100])

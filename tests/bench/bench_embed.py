@@ -167,7 +167,7 @@ def main() -> None:
 
     def ours() -> np.ndarray:
         cut = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
-        ids, mask = tokenize_items.pad(cut, 0, "left")
+        ids, mask = tokenize_items.pad(cut.ids, int(cut.lengths.max()), 0, "left")
         told = {"max_length": MAX_LENGTH, "n_items": len(ids), "instruction": instruction}
         told |= {"model_name": "", "fingerprint": "", "tokenizer": "", "format_version": embed_items.FORMAT_VERSION}
         with tempfile.TemporaryDirectory() as name:
