@@ -456,8 +456,11 @@ def check_fit(model: PreTrainedModel, name: str, tokens: Tokens, texts: pl.Serie
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 over the names and numbers of the model's weights: 64 hex digits, the same on every device."""
-    digest = hashlib.sha256()
+    """SHA-256 over a model's weights, their names and its configuration: 64 hex digits, the same on every device."""
+    told = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):  # where from, by what, and what the weights tell
+        told.pop(name, None)
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1973,7 +1973,8 @@ def read_earlier(path: Path, names: pl.Series, metadata: dict[str, str], shape: 
         if "ids" not in found:
             way_out = "run --export_only without --keep_ids on the embeddings of then: it writes the same IDs, and that"
             fail(path, "written by an earlier version, which did not note what has to be kept", way_out)
-        ids = table.select(pl.col(f"semantic_id_{level}").cast(pl.Int64) for level in range(width)).to_numpy()
+        columns = (pl.col(f"semantic_id_{level}").cast(pl.Int64).fill_null(-1) for level in range(width))
+        ids = table.select(columns).to_numpy()
         if found["ids"] != ids_digest(table["parent_asin"], ids, found["displaced"], found["retired"]):
             raise ValueError("its IDs are not those that were written")
         displaced, retired = unpacked(found["displaced"], 1 + levels), unpacked(found["retired"], width)
@@ -2016,7 +2017,7 @@ class Given(NamedTuple):
     """IDs, and what the next export has to know to keep them. All in the order that was asked for."""
 
     ids: np.ndarray  # (N, w)
-    codes: np.ndarray  # (N, L) as encoded when the item got its ID
+    codes: np.ndarray  # (N, L) the best ones when the item got its ID, or last found none better
     kept: np.ndarray  # (N) whether it had that ID before
     known: np.ndarray  # (N) whether it had any
     retired: np.ndarray  # (R, w) sorted
@@ -2043,8 +2044,9 @@ def give_ids(
         return (old <= MOVE_FROM * new.clamp_min(LEAST_ERROR)).numpy()
 
     known = earlier.ids[:, 0] >= 0
-    kept, doubtful = known.copy(), np.flatnonzero(known & (earlier.codes != codes).any(1))
-    kept[doubtful] = still_fits(doubtful, earlier.codes, codes)
+    fits, doubtful = known.copy(), np.flatnonzero(known & (earlier.codes != codes).any(1))
+    fits[doubtful] = still_fits(doubtful, earlier.codes, codes)
+    kept = fits.copy()
     closed = earlier.ids[:0] if config.recycle_ids else np.concatenate([earlier.retired, earlier.vanished])
     taken = np.concatenate([earlier.ids[known], closed])  # also those of items that may move: nobody else gets them
     free = model.config.codebook_size**model.config.codebook_quantization_levels - len(taken)
@@ -2062,7 +2064,8 @@ def give_ids(
     ids[kept] = earlier.ids[kept]
     retired = closed if config.recycle_ids else np.concatenate([closed, earlier.ids[known & ~kept]])
     retired = retired[np.lexsort(retired.T[::-1])]
-    return Given(ids, np.where(kept[:, None], earlier.codes, codes), kept, known, retired)
+    # an item that keeps its ID for want of a better one keeps it until its vector changes again
+    return Given(ids, np.where(fits[:, None], earlier.codes, codes), kept, known, retired)
 
 
 def keeping_quality(
@@ -2426,13 +2429,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"device {device} ({why})")
         if not config.export_only:
             return train_and_export(config, dataset, device)
+        data = read_digest(dataset, config.source)  # before the model, whose file another run may replace meanwhile
         checkpoint, model = on_rank_0(lambda: read_checkpoint(config.best_path, "cpu"))
         model = model.to(device)
         check_model(config.best_path, model.config, config, dim)
         check_sizes(n, config.source, model.config, config.collisions)
         held_out_loss = checkpoint.get("metrics", {}).get("val/reconstruction_loss", math.inf)
         held_out_loss = held_out_loss if model.config.val_split else math.inf  # that of training rows tells nothing
-        export(model, dataset, read_digest(dataset, config.source), config, held_out_loss=held_out_loss)
+        export(model, dataset, data, config, held_out_loss=held_out_loss)
         return 0
 
 
