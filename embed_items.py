@@ -981,7 +981,8 @@ def prepare(config: EmbedConfig, device: torch.device, why: str) -> tuple[Job | 
     job = Job(config, tokens, catalogue_stamp, metadata | way, shares_start, distinct, which >= 0)
     if config.reuse:
         job = job._replace(wanted=np.setdiff1d(distinct, reuse(job, model, way, finished)))
-        job = job._replace(is_done=finished.places(n)[1] >= 0)
+        if len(job.wanted) == len(distinct):  # nothing is kept, nor what a stopped run had kept
+            job = job._replace(is_done=finished.places(n)[1] >= 0)
     return job, model
 
 

@@ -1965,22 +1965,22 @@ def read_earlier(path: Path, names: pl.Series, metadata: dict[str, str], shape: 
     levels, size = shape.codebook_quantization_levels, shape.codebook_size
     width, another = levels + (metadata["collisions"] == "suffix"), "name another, or leave --keep_ids out for new IDs"
     try:
-        found, table = pl.read_parquet_metadata(path), pl.read_parquet(path, glob=False)
-        for name in ("model", "collisions"):
-            if found.get(name) != metadata[name]:
-                trouble = f"not made with this {name}, so that its IDs mean other things"
-                fail(path, trouble, another if name == "model" else "give the same --collisions as then")
+        found, columns = pl.read_parquet_metadata(path), [f"semantic_id_{level}" for level in range(width)]
+        if found.get("model") != metadata["model"]:
+            fail(path, "not made with this model, so that its IDs mean other things", another)
+        if found.get("collisions") != metadata["collisions"]:
+            fail(path, f"not made with --collisions {metadata['collisions']}", "give the same as then, or name another")
         if "ids" not in found:
             way_out = "run --export_only without --keep_ids on the embeddings of then: it writes the same IDs, and that"
             fail(path, "written by an earlier version, which did not note what has to be kept", way_out)
-        columns = (pl.col(f"semantic_id_{level}").cast(pl.Int64).fill_null(-1) for level in range(width))
-        ids = table.select(columns).to_numpy()
+        table = pl.read_parquet(path, columns=["parent_asin", *columns], glob=False)
+        ids = table.select(pl.col(columns).cast(pl.Int64).fill_null(-1)).to_numpy()
         if found["ids"] != ids_digest(table["parent_asin"], ids, found["displaced"], found["retired"]):
             raise ValueError("its IDs are not those that were written")
         displaced, retired = unpacked(found["displaced"], 1 + levels), unpacked(found["retired"], width)
         every = np.concatenate([ids, retired])
         all_codes = np.concatenate([every[:, :levels], displaced[:, 1:]])
-        sound = table["parent_asin"].n_unique() == len(table) > 0 and len(np.unique(every, axis=0)) == len(every)
+        sound = table["parent_asin"].n_unique() == len(table) > 0 and pl.DataFrame(every).n_unique() == len(every)
         sound = sound and all_codes.min() >= 0 and all_codes.max() < size and every.min() >= 0
         if not sound or not ((displaced[:, 0] >= 0) & (displaced[:, 0] < len(table))).all():
             raise ValueError("its IDs are not distinct IDs of distinct items")
@@ -2039,8 +2039,8 @@ def give_ids(
     vanished ones are not given out again.
     """
 
-    def still_fits(rows: np.ndarray, before: np.ndarray, now: np.ndarray) -> np.ndarray:
-        old, new = (decoded_errors(model, embeddings, order[rows], some[rows]) for some in (before, now))
+    def still_fits(rows: np.ndarray, old_codes: np.ndarray, new_codes: np.ndarray) -> np.ndarray:
+        old, new = (decoded_errors(model, embeddings, order[rows], some[rows]) for some in (old_codes, new_codes))
         return (old <= MOVE_FROM * new.clamp_min(LEAST_ERROR)).numpy()
 
     known = earlier.ids[:, 0] >= 0
@@ -2071,26 +2071,34 @@ def give_ids(
 def keeping_quality(
     model: RQVAE, embeddings: Tensor | Shards, order: np.ndarray, codes: np.ndarray, given: Given, held_out_loss: float
 ) -> dict:
-    """What became of the items of an earlier export, ready for JSON; codes (N, L) are the best ones, in `order` (N)."""
+    """What became of the items of an earlier export, ready for JSON; codes (N, L) are the best ones, in `order` (N).
+
+    Figures that need embeddings are of at most QUALITY_ROWS of the items that they speak of.
+    """
     moved, new = given.known & ~given.kept, ~given.known
-    written, encoded = (decoded_errors(model, embeddings, order, some) for some in (given.ids, codes))
+    generator = np.random.default_rng(model.config.seed)
 
-    def unexplained(errors: Tensor, which: np.ndarray) -> float | None:
-        return errors[torch.from_numpy(which)].mean().item() if which.any() else None
+    def errors(which: np.ndarray, some_codes: np.ndarray) -> Tensor:
+        rows = np.flatnonzero(which)
+        rows = np.sort(generator.choice(rows, QUALITY_ROWS, replace=False)) if len(rows) > QUALITY_ROWS else rows
+        return decoded_errors(model, embeddings, order[rows], some_codes[rows])
 
-    others = torch.from_numpy(~given.kept)
-    judged = others.sum() >= FEWEST_JUDGED and math.isfinite(held_out_loss)
+    def unexplained(which: np.ndarray, some_codes: np.ndarray) -> float | None:
+        return errors(which, some_codes).mean().item() if which.any() else None
+
+    others = errors(~given.kept, codes)
+    judged = len(others) >= FEWEST_JUDGED and math.isfinite(held_out_loss)
     return {
         "kept": int(given.kept.sum()),
         "moved": int(moved.sum()),
         "new": int(new.sum()),
         "retired_ids": len(given.retired),
         "unexplained_of_training_variance": {  # of IDs as written, and of new items as encoded
-            "new": unexplained(written, new),
-            "new_as_encoded": unexplained(encoded, new),
-            "rest": unexplained(written, ~new),
+            "new": unexplained(new, given.ids),
+            "new_as_encoded": unexplained(new, codes),
+            "rest": unexplained(~new, given.ids),
         },
-        "loss_of_new_and_moved_as_encoded": reconstruction_loss(encoded[others]).item() if judged else None,
+        "loss_of_new_and_moved_as_encoded": reconstruction_loss(others).item() if judged else None,
         "held_out_loss": held_out_loss if judged else None,
     }
 

@@ -113,11 +113,17 @@ def folder(trained, tmp_path) -> Path:
     return shutil.copytree(trained, tmp_path / "folder")
 
 
-@pytest.fixture
-def roomy(folder) -> Path:
-    """The same with a model of 32,768 IDs, most of which are free."""
+@pytest.fixture(scope="module")
+def trained_roomy(trained, tmp_path_factory) -> Path:
+    folder = shutil.copytree(trained, tmp_path_factory.mktemp("roomy") / "folder")
     run(folder, "--overwrite", codebook_size=32)
     return folder
+
+
+@pytest.fixture
+def roomy(trained_roomy, tmp_path) -> Path:
+    """The same with a model of 32,768 IDs, most of which are free."""
+    return shutil.copytree(trained_roomy, tmp_path / "roomy")
 
 
 # ---------------------------------------------------------------- what stays
@@ -392,7 +398,7 @@ def refused_export(capsys):
         ({"keep_ids": ""}, "not found"),
         ({"num_rows": 100}, "leave --num_rows out"),
         ({"collisions": "keep"}, "--collisions keep"),
-        ({"collisions": "suffix"}, "not made with this collisions"),
+        ({"collisions": "suffix"}, "not made with --collisions suffix"),
     ],
 )
 def test_flags_that_cannot_go_with_it_are_refused(folder, refused_export, changes, words):
