@@ -96,7 +96,7 @@ def main() -> None:
         few = prompts[:: round(1 / flags.usual_share)]
         sides = {
             "raw": (len(prompts), lambda: raw_tokenizer.backend_tokenizer.encode_batch_fast(prompts)),
-            "ours": (len(prompts), lambda: tokenize_items.main(command)),
+            "ours": (len(prompts), lambda: tokenize_items.main([*command, "--overwrite"])),
             "usual script": (
                 len(few),
                 lambda: usual_script(few, usual_tokenizer, flags.max_length, folder / "usual.npz"),
