@@ -191,15 +191,18 @@ def tokenize(texts: pl.Series, tokenizer: "PreTrainedTokenizerBase", config: Tok
     return Tokens(ids, np.array(list(map(len, ids))), truncated)
 
 
-def pad(items: list[np.ndarray], width: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
-    """Lays the tokens of items (n) out as rows: input_ids (n, width) int32 and attention_mask (n, width) uint8."""
+def pad(items: list[np.ndarray], width: int, pad_id: int, side: str) -> np.ndarray:
+    """Lays the tokens of items (n) out as rows: input_ids (n, width) int32."""
     input_ids = np.full((len(items), width), pad_id, dtype=np.int32)
-    mask = np.zeros((len(items), width), dtype=np.uint8)
     for row, ids in enumerate(items):  # many times faster than one assignment through the mask
-        real = slice(-len(ids), None) if side == "left" else slice(len(ids))
-        input_ids[row, real] = ids
-        mask[row, real] = 1
-    return input_ids, mask
+        input_ids[row, slice(-len(ids), None) if side == "left" else slice(len(ids))] = ids
+    return input_ids
+
+
+def mask_of(items: list[np.ndarray], width: int, side: str) -> np.ndarray:
+    """Where pad puts the tokens of items (n): attention_mask (n, width) uint8."""
+    lengths, place = np.array(list(map(len, items)))[:, None], np.arange(width)
+    return (place >= width - lengths if side == "left" else place < lengths).astype(np.uint8)
 
 
 def report(tokens: Tokens, tokenizer: "PreTrainedTokenizerBase", config: TokenizeConfig) -> None:
@@ -279,15 +282,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def write(path: Path, tokens: Tokens, pad_id: int, side: str, settings: dict[str, str | int]) -> None:
     """The npz that np.savez would write of arrays which need not be in memory whole."""
-    shape = len(tokens.ids), int(tokens.lengths.max())  # (N, W)
+    n, width = len(tokens.ids), int(tokens.lengths.max())
+    arrays = {
+        "input_ids": ("<i4", lambda items: pad(items, width, pad_id, side)),
+        "attention_mask": ("|u1", lambda items: mask_of(items, width, side)),
+    }
     with zipfile.ZipFile(path, "w") as archive:
-        for which, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
+        for name, (dtype, rows_of) in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                header = {"descr": dtype, "fortran_order": False, "shape": (n, width)}
                 np.lib.format.write_array_header_1_0(member, header)
-                for start in range(0, len(tokens.ids), ROWS_PER_WRITE):
-                    some = tokens.ids[start : start + ROWS_PER_WRITE]
-                    member.write(pad(some, shape[1], pad_id, side)[which])
+                for start in range(0, n, ROWS_PER_WRITE):
+                    member.write(rows_of(tokens.ids[start : start + ROWS_PER_WRITE]))
         for name, value in settings.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)

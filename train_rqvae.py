@@ -70,9 +70,9 @@ ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps
 EQUAL_LOSSES = 0.03  # validation losses this close differ by the luck of the held-out rows: the later model fits better
 MOST_AUTOENCODER_STEPS = 1000
 LAST_RESET = 0.8  # of all steps: a code revived later would not settle
-MOVE_FROM = 1.05  # times the error of the best ID for it: what an item's kept ID may have before the item gets another
-LEAST_ERROR = 1e-3  # share of the variance; errors below count as this one there
-WORSE_FIT, FEWEST_JUDGED = 1.25, 30  # times the loss of held-out items, for so many new ones: the model is outdated
+KEPT_ERROR = 1.05  # times the error of another ID: with more, an item does not keep its own
+NO_ERROR = 1e-3  # share of the variance; smaller errors are not told apart when IDs are kept
+OUTDATED_LOSS, FEWEST_JUDGED = 1.25, 30  # times that of held-out items, over so many new ones: the model is outdated
 QUALITY_ROWS = 100_000  # of a larger catalogue, figures that need vectors are of a sample
 RECALL_QUERIES, NEIGHBOURS, COHERENCE_PAIRS = 1000, 10, 50_000
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
@@ -2041,7 +2041,7 @@ def give_ids(
 
     def still_fits(rows: np.ndarray, old_codes: np.ndarray, new_codes: np.ndarray) -> np.ndarray:
         old, new = (decoded_errors(model, embeddings, order[rows], some[rows]) for some in (old_codes, new_codes))
-        return (old <= MOVE_FROM * new.clamp_min(LEAST_ERROR)).numpy()
+        return (old <= KEPT_ERROR * new.clamp_min(NO_ERROR)).numpy()
 
     known = earlier.ids[:, 0] >= 0
     fits, doubtful = known.copy(), np.flatnonzero(known & (earlier.codes != codes).any(1))
@@ -2050,10 +2050,10 @@ def give_ids(
     closed = earlier.ids[:0] if config.recycle_ids else np.concatenate([earlier.retired, earlier.vanished])
     taken = np.concatenate([earlier.ids[known], closed])  # also those of items that may move: nobody else gets them
     free = model.config.codebook_size**model.config.codebook_quantization_levels - len(taken)
-    if config.collisions == "assign" and free < (~kept).sum():
-        kept = known.copy()  # no room to move
-        if free < (~kept).sum():
-            trouble = f"{(~kept).sum():,} new items, and only {free:,} IDs are left beside those kept and retired"
+    if config.collisions == "assign" and free < (~kept).sum():  # no room to move
+        kept, new = known.copy(), (~known).sum()
+        if free < new:
+            trouble = f"{new:,} new items, and only {free:,} IDs are left beside those kept and retired"
             fail(config.keep_ids, trouble, "give --recycle_ids too, or train again with more codes or levels")
     ids, rest = earlier.ids.copy(), np.flatnonzero(~kept)
     ids[rest] = make_distinct(
@@ -2075,30 +2075,32 @@ def keeping_quality(
 
     Figures that need embeddings are of at most QUALITY_ROWS of the items that they speak of.
     """
-    moved, new = given.known & ~given.kept, ~given.known
     generator = np.random.default_rng(model.config.seed)
 
-    def errors(which: np.ndarray, some_codes: np.ndarray) -> Tensor:
+    def sample(which: np.ndarray) -> np.ndarray:
         rows = np.flatnonzero(which)
-        rows = np.sort(generator.choice(rows, QUALITY_ROWS, replace=False)) if len(rows) > QUALITY_ROWS else rows
+        return np.sort(generator.choice(rows, QUALITY_ROWS, replace=False)) if len(rows) > QUALITY_ROWS else rows
+
+    def errors(rows: np.ndarray, some_codes: np.ndarray) -> Tensor:
         return decoded_errors(model, embeddings, order[rows], some_codes[rows])
 
-    def unexplained(which: np.ndarray, some_codes: np.ndarray) -> float | None:
-        return errors(which, some_codes).mean().item() if which.any() else None
+    def mean(some: Tensor) -> float | None:
+        return some.mean().item() if len(some) else None
 
-    others = errors(~given.kept, codes)
+    others, rest = sample(~given.kept), sample(given.known)
+    is_new, encoded = torch.from_numpy(~given.known[others]), errors(others, codes)
     judged = len(others) >= FEWEST_JUDGED and math.isfinite(held_out_loss)
     return {
         "kept": int(given.kept.sum()),
-        "moved": int(moved.sum()),
-        "new": int(new.sum()),
+        "moved": int((given.known & ~given.kept).sum()),
+        "new": int((~given.known).sum()),
         "retired_ids": len(given.retired),
         "unexplained_of_training_variance": {  # of IDs as written, and of new items as encoded
-            "new": unexplained(new, given.ids),
-            "new_as_encoded": unexplained(new, codes),
-            "rest": unexplained(~new, given.ids),
+            "new": mean(errors(others, given.ids)[is_new]),
+            "new_as_encoded": mean(encoded[is_new]),
+            "rest": mean(errors(rest, given.ids)),
         },
-        "loss_of_new_and_moved_as_encoded": reconstruction_loss(others).item() if judged else None,
+        "loss_of_new_and_moved_as_encoded": reconstruction_loss(encoded).item() if judged else None,
         "held_out_loss": held_out_loss if judged else None,
     }
 
@@ -2111,7 +2113,7 @@ def show_keeping(quality: dict) -> None:
     print(f"unexplained, as a share of the training items' variance: {new} of the new items ({encoded} as encoded), "
           f"{rest} of the rest")  # fmt: skip
     loss, held_out = quality["loss_of_new_and_moved_as_encoded"], quality["held_out_loss"]
-    if loss is not None and loss > WORSE_FIT * held_out:
+    if loss is not None and loss > OUTDATED_LOSS * held_out:
         warn(
             f"the model no longer fits this catalogue (reconstruction loss {loss:.3f} of the new and moved items, "
             f"{held_out:.3f} of those held out in its training): train again"
@@ -2146,12 +2148,12 @@ def export(
     latents, codes, residual_norm = encode_catalogue(model, dataset.embeddings, order=torch.from_numpy(order))
     if RANK:
         return dataset.embeddings.serve()
-    encoded = codes.cpu().numpy()
+    best = codes.cpu().numpy()
     start = time.perf_counter()
-    given = give_ids(model, dataset.embeddings, order, latents, encoded, config, earlier)
+    given = give_ids(model, dataset.embeddings, order, latents, best, config, earlier)
     seconds = time.perf_counter() - start
     back = np.argsort(order)
-    encoded, written, before = encoded[back], given.ids[back], given.codes[back]  # all in input order from here on
+    encoded, written, before = best[back], given.ids[back], given.codes[back]  # all in input order from here on
 
     table = pl.DataFrame({"parent_asin": dataset.parent_asin}).with_columns(
         pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(written.T)
@@ -2167,7 +2169,7 @@ def export(
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": residual_norm}
     quality |= measure_quality(model, dataset.embeddings, encoded, written)
     if config.keep_ids is not None:
-        found = keeping_quality(model, dataset.embeddings, order, codes.cpu().numpy(), given, held_out_loss)
+        found = keeping_quality(model, dataset.embeddings, order, best, given, held_out_loss)
         quality["keep_ids"] = found | {"vanished": len(earlier.vanished)}
     on_rank_0(lambda: None)  # the others have served
     tree = example_tree(written, table["semantic_id"], dataset.labels)

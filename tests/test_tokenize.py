@@ -179,7 +179,8 @@ def test_padding_gives_back_every_token(lengths, side):
     lengths = np.array(lengths)
     flat = np.arange(1, lengths.sum() + 1, dtype=np.int32)
     items = np.split(flat, lengths.cumsum()[:-1])
-    ids, mask = tokenize_items.pad(items, width=lengths.max(), pad_id=-7, side=side)
+    ids = tokenize_items.pad(items, width=lengths.max(), pad_id=-7, side=side)
+    mask = tokenize_items.mask_of(items, width=lengths.max(), side=side)
     assert ids.shape == mask.shape == (len(lengths), lengths.max())
     assert (ids[mask > 0] == flat).all()
     assert (mask.sum(axis=1) == lengths).all()
@@ -193,7 +194,7 @@ def test_the_npz_is_the_one_that_numpy_writes(tmp_path, monkeypatch, side):
     tokens = tokenize_items.Tokens(items, np.array(list(map(len, items))), 0)
     settings = {"n_items": 9, "model_name": "naïve/模型"}
     tokenize_items.write(tmp_path / "ours.npz", tokens, 9, side, settings)
-    ids, mask = tokenize_items.pad(items, 7, 9, side)
+    ids, mask = tokenize_items.pad(items, 7, 9, side), tokenize_items.mask_of(items, 7, side)
     np.savez(tmp_path / "numpy.npz", input_ids=ids, attention_mask=mask, **settings)
     assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
 

@@ -302,7 +302,7 @@ def test_errors_too_small_to_matter_move_nothing(roomy, monkeypatch):
     before = run(roomy, "--export_only")
     noise = 0.05 * np.random.default_rng(0).normal(size=(N, DIM)).astype(np.float32)
     write(roomy, items(first_items()["parent_asin"].to_list(), embeddings_of(first_items()).numpy() + noise))
-    monkeypatch.setattr(train_rqvae, "LEAST_ERROR", 10.0)
+    monkeypatch.setattr(train_rqvae, "NO_ERROR", 10.0)
     assert export(roomy) == before
     monkeypatch.undo()
     assert export(roomy) != before

@@ -167,20 +167,19 @@ def main() -> None:
 
     def ours() -> np.ndarray:
         cut = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
-        ids, mask = tokenize_items.pad(cut.ids, int(cut.lengths.max()), 0, "left")
-        told = {"max_length": MAX_LENGTH, "n_items": len(ids), "instruction": instruction}
+        told = {"max_length": MAX_LENGTH, "n_items": len(texts), "instruction": instruction}
         told |= {"model_name": "", "fingerprint": "", "tokenizer": "", "format_version": embed_items.FORMAT_VERSION}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            np.savez(folder / "tokens.npz", input_ids=ids, attention_mask=mask, **told)
+            tokenize_items.write(folder / "tokens.npz", cut, 0, "left", told)
             tokens = embed_items.read_tokens(folder / "tokens.npz")
             start = time.perf_counter()
             prefix = embed_items.read_prefix(model, tokens.common)
             finished = embed_items.FinishedVectors(folder, config.target_dim)
-            wanted = np.flatnonzero(tokens.first == np.arange(len(ids)))
-            embed_items.embed_all(model, tokens, config, prefix, finished, wanted, np.zeros(len(ids), dtype=bool))
+            wanted = np.flatnonzero(tokens.first == np.arange(len(texts)))
+            embed_items.embed_all(model, tokens, config, prefix, finished, wanted, np.zeros(len(texts), dtype=bool))
             stage.update(seconds=time.perf_counter() - start, tokens=tokens, skip=prefix.get_seq_length())
-            files, which, position = finished.places(len(ids))
+            files, which, position = finished.places(len(texts))
             return finished.read(files, which[tokens.first], position[tokens.first])
 
     def encode(batch_size: int) -> np.ndarray:

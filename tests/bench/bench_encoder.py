@@ -1,6 +1,6 @@
 """How often an encoder's ten nearest neighbours of an item are its teacher's, beside word counts; and its speed.
 
-    pip install -r requirements.txt scikit-learn
+    pip install -r requirements.txt
     python tests/bench/bench_encoder.py C_items_updated.parquet C_items_with_embeddings.parquet
     python tests/bench/bench_encoder.py CATALOGUE EMBEDDINGS --encoder data/sample/encoder OTHER --repeats 5
 
