@@ -57,7 +57,7 @@ LARGEST, MOST_LEVELS = 10**12, 64  # of any number on the command line
 DIGEST_ROWS = 1024  # of embeddings digested at once; part of the format
 READERS = 4  # pieces of a parquet file read at once
 LEAST_ROWS_READ = 1024  # in such a piece; each costs some milliseconds
-ROWS_PER_CPU_PASS = 2048  # rows of a training batch at once: what they become stays in the CPU's caches
+TRAINED_PER_PASS = {"cpu": 2**11}  # rows of a training batch at once: what they become stays in the CPU's caches
 DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions at once outside training
 SEARCH_WIDTH = 32  # IDs of each item that are decoded to find the best
 TRAINING_SEARCH_WIDTH = 4  # the same in training and validation, which pay for it again and again
@@ -362,6 +362,14 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def first_half(parts: int) -> int:
+    """Of so many parts of a step, those that the first of two processes adds up; all where there are more already.
+
+    One process adds up each half by itself too, so that its sums are rounded as those of two.
+    """
+    return math.ceil(parts / 2) if RANKS == 1 else parts
+
+
 def as_on_rank_0(module: nn.Module) -> None:
     """Gives every rank the weights and buffers of rank 0."""
     for values in module.state_dict().values() if RANKS > 1 else ():
@@ -658,16 +666,18 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_counts", torch.ones(len(codebook)))  # (K) items a code stands for
         self.register_buffer("ema_sums", codebook.clone())  # (K, E)
-        self.register_buffer("step_counts", torch.zeros(len(codebook)), persistent=False)
-        self.register_buffer("step_sums", torch.zeros_like(codebook), persistent=False)
+        self.step_sums: list[Tensor] = []  # (K, 1 + E) of each batch in this step: items of a code, and their sum
 
     def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
         """Quantizes x (B, E) in float32; in training, also counts it for the averages."""
         output = super().forward(x, codes)
         if self.training and torch.is_grad_enabled():  # a step, and not a look at the catalogue
-            self.step_counts.index_add_(0, output.codes, torch.ones_like(output.codes, dtype=torch.float32))
-            self.step_sums.index_add_(0, output.codes, x.detach().float())
+            counted = F.pad(x.detach().float(), (1, 0), value=1.0)  # (B, 1 + E)
+            self.step_sums.append(self.no_items().index_add_(0, output.codes, counted))
         return output
+
+    def no_items(self) -> Tensor:
+        return F.pad(torch.zeros_like(self.codebook), (1, 0))  # (K, 1 + E)
 
     @torch.no_grad()
     def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
@@ -678,13 +688,14 @@ class EMAVectorQuantizer(VectorQuantizer):
     @torch.no_grad()
     def end_step(self) -> None:
         """Equations of appendix A.1: N = decay N + (1 - decay) n, m = decay m + (1 - decay) sum, code = m / N."""
-        self.ema_counts.lerp_(summed(self.step_counts), 1 - self.ema_decay)
-        self.ema_sums.lerp_(summed(self.step_sums), 1 - self.ema_decay)
+        half = first_half(len(self.step_sums))
+        sums = summed(sum(self.step_sums[:half], start=self.no_items()) + sum(self.step_sums[half:]))  # (K, 1 + E)
+        self.ema_counts.lerp_(sums[:, 0], 1 - self.ema_decay)
+        self.ema_sums.lerp_(sums[:, 1:], 1 - self.ema_decay)
         # a code without items keeps its place: both averages fade together, until there is nothing left to divide
         counts = self.ema_counts.unsqueeze(1)  # (K, 1)
         self.codebook.copy_(torch.where(counts > 1e-6, self.ema_sums / counts, self.codebook))
-        self.step_counts.zero_()
-        self.step_sums.zero_()
+        self.step_sums = []
 
 
 # ---------------------------------------------------------------- model
@@ -1383,6 +1394,52 @@ def shares(size: int) -> list[Tensor]:
     return [torch.arange(size * rank // RANKS - 1, size * (rank + 1) // RANKS) % size for rank in range(RANKS)]
 
 
+@contextmanager
+def drawing_from(seed: int | None) -> Iterator[None]:
+    """Draws random numbers on the CPU from another seed for a while, and then goes on as if nothing had been drawn."""
+    if seed is None:
+        yield
+        return
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    yield
+    torch.set_rng_state(state)
+
+
+class Turn(NamedTuple):
+    """What the ranks work on at the same time."""
+
+    wanted: list[Tensor]  # the embeddings that each of them needs
+    rows: int  # of the training that are this rank's
+    seed: int | None = None  # of the random numbers of this rank's rows; None to draw those of all ranks
+    places: Tensor | None = None  # where in a batch of `size` the wanted ones lie
+    size: int | None = None
+
+
+def deal(rows: Tensor, config: RQVAEConfig, device: torch.device) -> list[Turn]:
+    """Shares the rows (R) of an optimizer step out.
+
+    On a GPU each rank works on a share of every batch. A CPU takes smaller batches, whole and with random numbers of
+    their own, so that it makes no difference which rank does; where there are fewer of them, some ranks have none.
+    """
+    most = TRAINED_PER_PASS.get(device.type)
+    batches = rows.chunk(math.ceil(len(rows) / min(config.batch_size, most or config.batch_size)))  # of one size
+    if most:
+        seed, bounds = int(torch.randint(2**62, ())), [math.ceil(len(batches) * i / RANKS) for i in range(RANKS + 1)]
+        dealt = [batches[first:end] for first, end in itertools.pairwise(bounds)]
+        turns = itertools.zip_longest(*dealt, fillvalue=rows[:0])
+        return [Turn(list(wanted), len(wanted[RANK]), seed + bounds[RANK] + i) for i, wanted in enumerate(turns)]
+    if RANKS == 1:
+        return [Turn([batch], len(batch)) for batch in batches]
+    if len(batches[-1]) < RANKS:  # each rank has some
+        batches = rows.tensor_split(min(len(batches), len(rows) // RANKS))
+    turns = [(batch, shares(len(batch))) for batch in batches]
+    return [
+        Turn([batch[each] for each in places], len(places[RANK]) - 1, None, places[RANK], len(batch))
+        for batch, places in turns
+    ]
+
+
 def augment(
     x: Tensor, model: RQVAE, noise: float, mixing: float, places: Tensor | None = None, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -1425,26 +1482,29 @@ def train_step(
     """Gradients of batch after batch, weighted to be those of all `rows` (R) at once, then one optimizer step.
 
     `width` is that of RQVAE.forward: 0 for a step as a plain autoencoder. Of several processes, each works on its
-    share of every batch, with `model` wrapped; the result's terms add up to those of all, its codes are of the share.
+    share of the rows, with `model` wrapped; the result's terms add up to those of all, its codes are of the share.
     """
     wrapped, model = model, getattr(model, "module", model)
-    config, terms, codes = model.config, 0.0, []
-    on_cpu = embeddings.device.type == "cpu"
-    most = min(config.batch_size, ROWS_PER_CPU_PASS) if on_cpu else config.batch_size
-    batches = rows.chunk(math.ceil(len(rows) / most))  # of one size, so that each has rows to mix
-    if len(batches[-1]) < RANKS:  # and each rank has some
-        batches = rows.tensor_split(min(len(batches), len(rows) // RANKS))
-    for number, batch in enumerate(batches, start=1):
-        wanted, part, share = [batch], {}, len(batch) / len(rows)
-        if RANKS > 1:
-            places = shares(len(batch))
-            wanted, part = [batch[each] for each in places], {"places": places[RANK], "size": len(batch)}
-            share = (len(places[RANK]) - 1) / len(rows)
-        with nullcontext() if wrapped is model or number == len(batches) else wrapped.no_sync():
-            losses = wrapped(*augment(fetch(embeddings, wanted), model, noise, config.input_mixing, **part), width)
+    config, parameters = model.config, list(model.parameters())
+    terms, codes = torch.zeros(3 + 2 * config.codebook_quantization_levels, device=embeddings.device), []
+    turns = deal(rows, config, embeddings.device)
+    half, aside = first_half(len(turns)), [None] * len(parameters)
+    for number, turn in enumerate(turns, start=1):
+        share = turn.rows / len(rows)
+        with drawing_from(turn.seed):
+            inputs = augment(fetch(embeddings, turn.wanted), model, noise, config.input_mixing, turn.places, turn.size)
+        with nullcontext() if wrapped is model or number == len(turns) else wrapped.no_sync():
+            losses = wrapped(*inputs, width)
             (losses.total * (share * RANKS)).backward()  # the wrapper takes the mean over the ranks
-        terms = terms + loss_terms(losses, config).detach() * share
+        if turn.rows:
+            terms += loss_terms(losses, config).detach() * share
         codes += [losses.quantized.codes] if width else []
+        if number == half < len(turns):
+            aside = [parameter.grad for parameter in parameters]
+            model.zero_grad()
+    for parameter, gradient in zip(parameters, aside, strict=True):
+        if gradient is not None:
+            parameter.grad += gradient
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm or math.inf)
     for optimizer in optimizers:
         optimizer.step()

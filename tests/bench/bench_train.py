@@ -78,7 +78,7 @@ def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable
 def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
     """What a step cannot do without, in pieces as large as ours, operands and results in memory beforehand."""
     dtype, rows = getattr(torch, config.dtype), config.batch_size
-    pieces = math.ceil(rows / train_rqvae.ROWS_PER_CPU_PASS) if x.device.type == "cpu" else 1
+    pieces = math.ceil(rows / train_rqvae.TRAINED_PER_PASS.get(x.device.type, rows))
     rows //= pieces
     sizes = [config.item_embedding_dim, *config.encoder_hidden_dims, config.codebook_embedding_dim]
     size, dim = config.codebook_size, config.codebook_embedding_dim
