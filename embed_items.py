@@ -836,6 +836,7 @@ def write(job: Job, finished: FinishedVectors) -> None:
                 yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
 
     def metadata(_) -> dict[str, str]:  # called at the end
+        hashed.result()
         hashing.shutdown()
         return job.metadata | {name: digest.hexdigest() for name, digest in digests.items()}
 

@@ -362,14 +362,6 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
-def first_half(parts: int) -> int:
-    """Of so many parts of a step, those that the first of two processes adds up; all where there are more already.
-
-    One process adds up each half by itself too, so that its sums are rounded as those of two.
-    """
-    return math.ceil(parts / 2) if RANKS == 1 else parts
-
-
 def as_on_rank_0(module: nn.Module) -> None:
     """Gives every rank the weights and buffers of rank 0."""
     for values in module.state_dict().values() if RANKS > 1 else ():
@@ -647,6 +639,9 @@ class VectorQuantizer(nn.Module):
         """Puts codes at vectors: which (M) indices, vectors (M, E), items (M) a step that each stands for."""
         self.codebook[which] = vectors
 
+    def set_aside(self) -> None:
+        """Called where the second half of a step begins, whose sums are to be added up by themselves."""
+
     def end_step(self) -> None:
         """Called after each optimizer step."""
 
@@ -666,18 +661,17 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_counts", torch.ones(len(codebook)))  # (K) items a code stands for
         self.register_buffer("ema_sums", codebook.clone())  # (K, E)
-        self.step_sums: list[Tensor] = []  # (K, 1 + E) of each batch in this step: items of a code, and their sum
+        no_items = torch.zeros(len(codebook), 1 + codebook.shape[1])
+        self.register_buffer("step_sums", no_items, persistent=False)  # (K, 1 + E) items of a code, and their sum
+        self.register_buffer("sums_aside", no_items.clone(), persistent=False)  # (K, 1 + E) of the step's first half
 
     def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
         """Quantizes x (B, E) in float32; in training, also counts it for the averages."""
         output = super().forward(x, codes)
         if self.training and torch.is_grad_enabled():  # a step, and not a look at the catalogue
             counted = F.pad(x.detach().float(), (1, 0), value=1.0)  # (B, 1 + E)
-            self.step_sums.append(self.no_items().index_add_(0, output.codes, counted))
+            self.step_sums += torch.zeros_like(self.step_sums).index_add_(0, output.codes, counted)
         return output
-
-    def no_items(self) -> Tensor:
-        return F.pad(torch.zeros_like(self.codebook), (1, 0))  # (K, 1 + E)
 
     @torch.no_grad()
     def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
@@ -685,17 +679,21 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.ema_counts[which] = items
         self.ema_sums[which] = vectors * items.unsqueeze(1)
 
+    def set_aside(self) -> None:
+        self.sums_aside += self.step_sums
+        self.step_sums.zero_()
+
     @torch.no_grad()
     def end_step(self) -> None:
         """Equations of appendix A.1: N = decay N + (1 - decay) n, m = decay m + (1 - decay) sum, code = m / N."""
-        half = first_half(len(self.step_sums))
-        sums = summed(sum(self.step_sums[:half], start=self.no_items()) + sum(self.step_sums[half:]))  # (K, 1 + E)
+        sums = summed(self.sums_aside + self.step_sums)
         self.ema_counts.lerp_(sums[:, 0], 1 - self.ema_decay)
         self.ema_sums.lerp_(sums[:, 1:], 1 - self.ema_decay)
         # a code without items keeps its place: both averages fade together, until there is nothing left to divide
         counts = self.ema_counts.unsqueeze(1)  # (K, 1)
         self.codebook.copy_(torch.where(counts > 1e-6, self.ema_sums / counts, self.codebook))
-        self.step_sums = []
+        self.step_sums.zero_()
+        self.sums_aside.zero_()
 
 
 # ---------------------------------------------------------------- model
@@ -1402,41 +1400,43 @@ def drawing_from(seed: int | None) -> Iterator[None]:
         return
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
-    yield
-    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
-class Turn(NamedTuple):
-    """What the ranks work on at the same time."""
+class Pass(NamedTuple):
+    """Rows that the ranks work on at the same time, each on its own."""
 
-    wanted: list[Tensor]  # the embeddings that each of them needs
-    rows: int  # of the training that are this rank's
-    seed: int | None = None  # of the random numbers of this rank's rows; None to draw those of all ranks
+    wanted: list[Tensor]  # the rows that each rank needs
+    count: int  # of those, this rank's share of the step
+    seed: int | None = None  # of this rank's random numbers; None to draw those of all ranks
     places: Tensor | None = None  # where in a batch of `size` the wanted ones lie
     size: int | None = None
 
 
-def deal(rows: Tensor, config: RQVAEConfig, device: torch.device) -> list[Turn]:
+def deal(rows: Tensor, config: RQVAEConfig, device: torch.device) -> list[Pass]:
     """Shares the rows (R) of an optimizer step out.
 
-    On a GPU each rank works on a share of every batch. A CPU takes smaller batches, whole and with random numbers of
+    On a GPU each rank works on a share of every batch. CPUs take smaller batches, whole and with random numbers of
     their own, so that it makes no difference which rank does; where there are fewer of them, some ranks have none.
     """
     most = TRAINED_PER_PASS.get(device.type)
     batches = rows.chunk(math.ceil(len(rows) / min(config.batch_size, most or config.batch_size)))  # of one size
     if most:
-        seed, bounds = int(torch.randint(2**62, ())), [math.ceil(len(batches) * i / RANKS) for i in range(RANKS + 1)]
+        seed, bounds = int(torch.randint(2**32, ())), [math.ceil(len(batches) * i / RANKS) for i in range(RANKS + 1)]
         dealt = [batches[first:end] for first, end in itertools.pairwise(bounds)]
-        turns = itertools.zip_longest(*dealt, fillvalue=rows[:0])
-        return [Turn(list(wanted), len(wanted[RANK]), seed + bounds[RANK] + i) for i, wanted in enumerate(turns)]
+        together = itertools.zip_longest(*dealt, fillvalue=rows[:0])
+        return [Pass(list(wanted), len(wanted[RANK]), seed + bounds[RANK] + i) for i, wanted in enumerate(together)]
     if RANKS == 1:
-        return [Turn([batch], len(batch)) for batch in batches]
+        return [Pass([batch], len(batch)) for batch in batches]
     if len(batches[-1]) < RANKS:  # each rank has some
         batches = rows.tensor_split(min(len(batches), len(rows) // RANKS))
-    turns = [(batch, shares(len(batch))) for batch in batches]
+    shared = [(batch, shares(len(batch))) for batch in batches]
     return [
-        Turn([batch[each] for each in places], len(places[RANK]) - 1, None, places[RANK], len(batch))
-        for batch, places in turns
+        Pass([batch[each] for each in places], len(places[RANK]) - 1, None, places[RANK], len(batch))
+        for batch, places in shared
     ]
 
 
@@ -1487,21 +1487,25 @@ def train_step(
     wrapped, model = model, getattr(model, "module", model)
     config, parameters = model.config, list(model.parameters())
     terms, codes = torch.zeros(3 + 2 * config.codebook_quantization_levels, device=embeddings.device), []
-    turns = deal(rows, config, embeddings.device)
-    half, aside = first_half(len(turns)), [None] * len(parameters)
-    for number, turn in enumerate(turns, start=1):
-        share = turn.rows / len(rows)
-        with drawing_from(turn.seed):
-            inputs = augment(fetch(embeddings, turn.wanted), model, noise, config.input_mixing, turn.places, turn.size)
-        with nullcontext() if wrapped is model or number == len(turns) else wrapped.no_sync():
+    passes = deal(rows, config, embeddings.device)
+    # on CPUs two processes add up one half of the passes each: so does one, for its sums to be rounded like theirs
+    in_halves = RANKS == 1 and embeddings.device.type in TRAINED_PER_PASS
+    half, aside = math.ceil(len(passes) / 2) if in_halves else len(passes), [None] * len(parameters)
+    for number, (wanted, count, seed, places, size) in enumerate(passes, start=1):
+        x, share = fetch(embeddings, wanted), count / len(rows)
+        with drawing_from(seed):
+            inputs = augment(x, model, noise, config.input_mixing, places, size)
+        with nullcontext() if wrapped is model or number == len(passes) else wrapped.no_sync():
             losses = wrapped(*inputs, width)
             (losses.total * (share * RANKS)).backward()  # the wrapper takes the mean over the ranks
-        if turn.rows:
+        if count:
             terms += loss_terms(losses, config).detach() * share
         codes += [losses.quantized.codes] if width else []
-        if number == half < len(turns):
+        if number == half < len(passes):
             aside = [parameter.grad for parameter in parameters]
             model.zero_grad()
+            for quantizer in model.quantizers:
+                quantizer.set_aside()
     for parameter, gradient in zip(parameters, aside, strict=True):
         if gradient is not None:
             parameter.grad += gradient
@@ -1625,7 +1629,8 @@ def train(
     """Trains and writes the checkpoints; returns whether the last step was reached, and the lowest validation loss.
 
     embeddings (N, D) lie on the device and `data` names them in the checkpoints; `resumed` is the checkpoint to go
-    on from; `run` is W&B's. Several processes take every step, every decision and every random number in common.
+    on from; `run` is W&B's. Several processes take every step and every decision in common, and draw the random
+    numbers of one.
     """
     config, device, folder = model.config, embeddings.device, Path(model.config.checkpoint_dir)
     train_rows, val_rows = plan.train_rows.to(device), plan.val_rows.to(device)

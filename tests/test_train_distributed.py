@@ -247,7 +247,7 @@ def test_two_processes_end_with_the_model_and_the_ids_of_one(pairs, ema, as_on_g
     pair = pairs(ema, as_on_gpus)
     for name in ("best_model", "final_model"):
         one, two = (load(folder, name) for folder in pair)
-        assert_same_model(one, two)
+        (assert_same_model if as_on_gpus else assert_equal_models)(one, two)
         assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
         assert one["step"] == two["step"]
     assert [path.name for path in sorted((pair[0] / "data").iterdir())] == [
@@ -285,8 +285,8 @@ def test_a_run_goes_on_with_another_number_of_processes(pairs, ranks, ema, step,
     (folder / "data" / "Tiny_semantic_ids.parquet").unlink()
     run(ranks, folder, "--resume", use_ema_vq=ema)
     for name in ("final_model", "best_model", step + 1, STEPS):
-        assert_same_model(load(pair[0], name), load(folder, name))
-    assert np.mean([one == two for one, two in zip(ids_of(pair[0]), ids_of(folder), strict=True)]) > 0.99
+        assert_equal_models(load(pair[0], name), load(folder, name))
+    assert ids_of(pair[0]) == ids_of(folder)
 
 
 def test_the_same_model_gives_the_same_ids_to_the_byte(pairs, tmp_path):
@@ -309,13 +309,18 @@ def test_the_same_model_gives_the_same_ids_to_the_byte(pairs, tmp_path):
     assert "2,700 items keep their ID, 0 moved to another, 200 are new and 300 have vanished" in out
 
 
-def test_a_rank_without_items_and_a_last_batch_smaller_than_the_ranks(tmp_path):
-    folder = new_folder(tmp_path, catalogue(301))  # all in the last rank's shard
-    run(2, folder, batch_size=20, gradient_accumulation_steps=15, val_split=0.0, max_steps=9, collisions="assign")
+@pytest.mark.parametrize("as_on_gpus", [False, True], ids=["cpu", "as on gpus"])
+def test_a_rank_without_items_and_a_last_batch_smaller_than_the_ranks(tmp_path, as_on_gpus):
+    flags = {"batch_size": 3, "gradient_accumulation_steps": 101, "val_split": 0.0, "max_steps": 9}  # 301 = 3 * 100 + 1
+    folder, one = (new_folder(tmp_path / name, catalogue(301)) for name in ("two", "one"))  # all in the last shard
+    run(2, folder, **flags, collisions="assign", as_on_gpus=as_on_gpus)
     assert len(set(ids_of(folder))) == 301
-    one = new_folder(tmp_path / "one", catalogue(301))
-    run(1, one, batch_size=20, gradient_accumulation_steps=15, val_split=0.0, max_steps=9)
-    assert_same_model(load(one, 9), load(folder, 9))
+    run(1, one, **flags, as_on_gpus=as_on_gpus)
+    if as_on_gpus:  # two processes cut the step elsewhere, for each to have some rows of every batch
+        losses = [load(each, 9)["metrics"]["train/total_loss"] for each in (one, folder)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    else:
+        assert_equal_models(load(one, 9), load(folder, 9))
 
 
 # ---------------------------------------------------------------- stops and failures
