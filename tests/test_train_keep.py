@@ -269,7 +269,7 @@ def test_no_item_moves_to_an_id_that_fits_it_no_better(folder, switches):
     write(folder, pl.concat([first_items(), new_items(150)]))  # 450 of 512 IDs: the best ones are often taken
     before = run(folder, "--export_only")
     x = embeddings_of(first_items()).numpy()
-    x[:100] += 0.12 * np.random.default_rng(1).normal(size=(100, DIM)).astype(np.float32)
+    x[:100] += 0.2 * np.random.default_rng(1).normal(size=(100, DIM)).astype(np.float32)
     table = pl.concat([items(first_items()["parent_asin"].to_list(), x), new_items(150)])
     write(folder, table)
     after = export(folder, *switches)
