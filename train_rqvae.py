@@ -57,7 +57,7 @@ LARGEST, MOST_LEVELS = 10**12, 64  # of any number on the command line
 DIGEST_ROWS = 1024  # of embeddings digested at once; part of the format
 READERS = 4  # pieces of a parquet file read at once
 LEAST_ROWS_READ = 1024  # in such a piece; each costs some milliseconds
-TRAINED_PER_PASS = {"cpu": 2**11}  # rows of a training batch at once: what they become stays in the CPU's caches
+TRAINED_PER_PASS = {"cpu": 2**11}  # rows of a batch at once: what they become stays in its caches; elsewhere all
 DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions at once outside training
 SEARCH_WIDTH = 32  # IDs of each item that are decoded to find the best
 TRAINING_SEARCH_WIDTH = 4  # the same in training and validation, which pay for it again and again
@@ -640,7 +640,7 @@ class VectorQuantizer(nn.Module):
         self.codebook[which] = vectors
 
     def set_aside(self) -> None:
-        """Called where the second half of a step begins, whose sums are to be added up by themselves."""
+        """Called in the middle of an optimizer step, for the sums of its second half to begin at zero again."""
 
     def end_step(self) -> None:
         """Called after each optimizer step."""
@@ -662,8 +662,8 @@ class EMAVectorQuantizer(VectorQuantizer):
         self.register_buffer("ema_counts", torch.ones(len(codebook)))  # (K) items a code stands for
         self.register_buffer("ema_sums", codebook.clone())  # (K, E)
         no_items = torch.zeros(len(codebook), 1 + codebook.shape[1])
-        self.register_buffer("step_sums", no_items, persistent=False)  # (K, 1 + E) items of a code, and their sum
-        self.register_buffer("sums_aside", no_items.clone(), persistent=False)  # (K, 1 + E) of the step's first half
+        self.register_buffer("step_sums", no_items, persistent=False)  # (K, 1 + E) a code's items, and their sum
+        self.register_buffer("sums_aside", no_items.clone(), persistent=False)  # those of the step's first half
 
     def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
         """Quantizes x (B, E) in float32; in training, also counts it for the averages."""
@@ -1407,12 +1407,12 @@ def drawing_from(seed: int | None) -> Iterator[None]:
 
 
 class Pass(NamedTuple):
-    """Rows that the ranks work on at the same time, each on its own."""
+    """What the ranks train on at the same time, each on its own part."""
 
-    wanted: list[Tensor]  # the rows that each rank needs
-    count: int  # of those, this rank's share of the step
-    seed: int | None = None  # of this rank's random numbers; None to draw those of all ranks
-    places: Tensor | None = None  # where in a batch of `size` the wanted ones lie
+    wanted: list[Tensor]  # the rows whose embeddings each rank needs
+    count: int  # rows that this rank trains on, perhaps none
+    seed: int | None = None  # of its random numbers; None to go on drawing as all ranks do
+    places: Tensor | None = None  # where in a batch of `size` the rows that it needs lie
     size: int | None = None
 
 
@@ -1423,15 +1423,17 @@ def deal(rows: Tensor, config: RQVAEConfig, device: torch.device) -> list[Pass]:
     their own, so that it makes no difference which rank does; where there are fewer of them, some ranks have none.
     """
     most = TRAINED_PER_PASS.get(device.type)
-    batches = rows.chunk(math.ceil(len(rows) / min(config.batch_size, most or config.batch_size)))  # of one size
+    size = min(config.batch_size, most or config.batch_size)
+    batches = rows.chunk(math.ceil(len(rows) / size))  # of one size, so that each has rows to mix
     if most:
-        seed, bounds = int(torch.randint(2**32, ())), [math.ceil(len(batches) * i / RANKS) for i in range(RANKS + 1)]
+        seed = int(torch.randint(2**32, ()))
+        bounds = [math.ceil(len(batches) * rank / RANKS) for rank in range(RANKS + 1)]
         dealt = [batches[first:end] for first, end in itertools.pairwise(bounds)]
         together = itertools.zip_longest(*dealt, fillvalue=rows[:0])
         return [Pass(list(wanted), len(wanted[RANK]), seed + bounds[RANK] + i) for i, wanted in enumerate(together)]
     if RANKS == 1:
         return [Pass([batch], len(batch)) for batch in batches]
-    if len(batches[-1]) < RANKS:  # each rank has some
+    if len(batches[-1]) < RANKS:  # and each rank has some
         batches = rows.tensor_split(min(len(batches), len(rows) // RANKS))
     shared = [(batch, shares(len(batch))) for batch in batches]
     return [
@@ -1490,7 +1492,8 @@ def train_step(
     passes = deal(rows, config, embeddings.device)
     # on CPUs two processes add up one half of the passes each: so does one, for its sums to be rounded like theirs
     in_halves = RANKS == 1 and embeddings.device.type in TRAINED_PER_PASS
-    half, aside = math.ceil(len(passes) / 2) if in_halves else len(passes), [None] * len(parameters)
+    half = math.ceil(len(passes) / 2) if in_halves else len(passes)
+    aside = [None] * len(parameters)  # gradients of the first half
     for number, (wanted, count, seed, places, size) in enumerate(passes, start=1):
         x, share = fetch(embeddings, wanted), count / len(rows)
         with drawing_from(seed):
