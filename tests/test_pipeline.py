@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 import random
 import re
 import shutil
@@ -156,6 +157,45 @@ def test_no_script_imports_another(script):
     source = (ROOT / script).read_text()
     others = "|".join(name.removesuffix(".py") for name in SCRIPTS)
     assert not re.search(rf"^\s*(from|import)\s+({others})\b", source, flags=re.M)
+
+
+ON_THE_HEAP = r"""
+import re, sys, torch
+
+def heap():
+    found = re.search(r"^(\w+)-(\w+) .*\[heap\]", open("/proc/self/maps").read(), re.MULTILINE)
+    return [int(address, 16) for address in found.groups()]
+
+if sys.argv[2] == "kept":
+    __import__(sys.argv[1]).keep_freed_memory()
+tensors = [torch.ones(10_000_000) for _ in range(3)]
+start, end = heap()
+places = [start <= tensor.data_ptr() < end for tensor in tensors]
+del tensors
+print(all(places), heap()[1] >= end)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+@pytest.mark.parametrize("script", ["embed_items", "train_rqvae"])
+@pytest.mark.parametrize("way", ["kept", "returned"])
+def test_memory_of_freed_tensors_is_kept_for_the_next(script, way):
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_HEAP, script, way], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [str(way == "kept"), "True"]
+
+
+@pytest.mark.parametrize("name", ["embed_items", "train_rqvae"])
+@pytest.mark.parametrize("trouble", [AttributeError, OSError, TypeError])
+def test_other_systems_keep_memory_as_they_do(name, trouble, monkeypatch):
+    module = {"embed_items": embed_items, "train_rqvae": train_rqvae}[name]
+
+    def no_glibc(_):
+        raise trouble
+
+    monkeypatch.setattr(module.ctypes, "CDLL", no_glibc)
+    module.keep_freed_memory()
 
 
 def readme_snippets() -> list[str]:

@@ -145,8 +145,13 @@ def main() -> None:
     parser.add_argument("--tokens_per_batch", type=int, help="of ours; by default its own")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="of sentence-transformers")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--keep_freed_memory", action="store_true", help="for all sides; embed_items.py does it on a CPU"
+    )
     flags = parser.parse_args()
     dtype, device = getattr(torch, flags.dtype), torch.device(flags.device)
+    if flags.keep_freed_memory:
+        embed_items.keep_freed_memory()
     texts = pl.read_parquet(flags.catalogue, columns=["item_context"])["item_context"]
     texts = texts.gather(np.linspace(0, len(texts) - 1, flags.num_rows or len(texts)).astype(int))
     instruction = tokenize_items.TokenizeConfig().instruction

@@ -188,7 +188,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=66_000)
     parser.add_argument("--steps", type=int, default=3, help="in a turn")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--keep_freed_memory", action="store_true", help="for all sides; train_rqvae.py does it on a CPU"
+    )
     flags = parser.parse_args()
+    if flags.keep_freed_memory:
+        train_rqvae.keep_freed_memory()
     compare_steps(flags)
     compare_reading(flags.rows, 3)
 
