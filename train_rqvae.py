@@ -417,7 +417,7 @@ class Shards:
 
 def fetch(embeddings: Tensor | Shards, wanted: list[Tensor]) -> Tensor:
     """Embeddings of the rows that this rank wants; `wanted` tells those of each of the first ranks."""
-    return embeddings.exchange(wanted) if isinstance(embeddings, Shards) else embeddings[wanted[0]]
+    return embeddings.exchange(wanted) if isinstance(embeddings, Shards) else embeddings.index_select(0, wanted[0])
 
 
 def to_rank_0(part: Tensor, sizes: list[int]) -> Tensor:
@@ -1471,8 +1471,9 @@ def augment(
     size, places, mine = (len(x), slice(None), slice(None)) if places is None else (size, places, slice(1, None))
     if mixing:
         drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS cannot draw from Beta
-        alpha = torch.tensor(mixing, device=drawn_on)
-        share = torch.distributions.Beta(alpha, alpha).sample((size, 1)).to(x)[places]  # (B, 1)
+        alpha = torch.full((), mixing, device=drawn_on)
+        beta = torch.distributions.Beta(alpha, alpha, validate_args=False)  # a look at alpha would wait for the GPU
+        share = beta.sample((size, 1)).to(x)[places]  # (B, 1)
         x = torch.lerp(x.roll(1, dims=0), x, share)
         stretch = stretch / (share.square() + (1 - share).square()).sqrt()
     target = (x - model.input_mean).mul_(stretch)[mine]

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from sklearn.cluster import KMeans
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_rqvae
 from train_rqvae import RQVAE, EMAVectorQuantizer, RQVAEConfig, VectorQuantizer
@@ -691,6 +692,8 @@ def test_noise_has_the_asked_size_and_is_not_in_the_target():
     noise = (noisy - x) / model.input_scale
     assert noise.std().item() == pytest.approx(0.5, rel=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert torch.cov(noise.T).sub(0.25 * torch.eye(DIM)).abs().max().item() < 0.03  # of no dimension with another
+    assert torch.corrcoef(noise[:100]).triu(1).mean().abs().item() < 0.02  # nor of an item with another
 
 
 @pytest.mark.parametrize("mixing", [0.3, 1.0, 10.0])
@@ -718,6 +721,32 @@ def test_mixing_stays_on_the_line_between_two_items_of_the_batch():
                 assert weights.square().sum().item() == pytest.approx(1, abs=1e-3)  # so the variance is kept
                 break
         assert min(fits) < 1e-5
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what reaches the device, by the name of the operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.counts[operator.overloadpacket.__name__] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [0, 1, 4])
+@pytest.mark.parametrize("changes", QUANTIZERS)
+def test_no_step_makes_the_host_wait_for_the_device(changes, width, monkeypatch):
+    monkeypatch.setattr(train_rqvae, "TRAINED_PER_PASS", {})  # as on a GPU
+    x, model = clusters(), RQVAE(tiny_config(gradient_accumulation_steps=2, **changes))
+    optimizers = train_rqvae.make_optimizers(model, 1e-3)
+    with Dispatched() as dispatched:
+        train_rqvae.train_step(model, optimizers, x, torch.arange(128), 0.5, width)
+    assert dispatched.counts["addmm"] > 10
+    # a number read back, a shape that depends on numbers, and a tensor made of Python numbers, which is copied there
+    waiting = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh"}
+    assert not waiting & dispatched.counts.keys()
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
