@@ -1454,6 +1454,15 @@ def deal(rows: Tensor, config: RQVAEConfig, device: torch.device) -> list[Pass]:
     ]
 
 
+def random_signs(drawn: Tensor) -> Tensor:
+    """The bits of random int32 (B, W) as signs of numbers that mean nothing else, for copysign: (B, 32 W) float32.
+
+    On a CPU that takes a sixth of the time of normal deviates, and a layer that adds up hundreds of inputs cannot tell.
+    """
+    shifts = torch.arange(32, dtype=drawn.dtype, device=drawn.device)
+    return torch.bitwise_left_shift(drawn.unsqueeze(2), shifts).flatten(1).view(torch.float32)
+
+
 def augment(
     x: Tensor, model: RQVAE, noise: float, mixing: float, places: Tensor | None = None, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -1461,7 +1470,7 @@ def augment(
 
     So that a small catalogue is not learned by heart, inputs are mixed in pairs with weights from Beta(mixing,
     mixing), as in mixup (arXiv:1710.09412), and drawn out to the variance they had; then noise is added that the
-    reconstruction should not have, as in a denoising autoencoder.
+    reconstruction should not have, as in a denoising autoencoder: `noise` in size, each with a random sign.
 
     With `places`, x is what lies there in a batch of `size`, and the first is only mixed with. Random numbers are
     drawn for all the batch: so all ranks draw the same, which are those of one process, and none need be saved but
@@ -1479,8 +1488,10 @@ def augment(
     target = (x - model.input_mean).mul_(stretch)[mine]
     if not noise:
         return target, target
-    drawn = torch.randn(size, x.shape[1], dtype=x.dtype, device=x.device)[places][mine]
-    return torch.add(target, drawn, alpha=noise), target
+    words = (size, math.ceil(x.shape[1] / 32))
+    drawn = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, device=x.device)[places][mine]
+    signed = torch.full((), noise, device=x.device).copysign(random_signs(drawn)[:, : x.shape[1]])  # (B, D)
+    return target + signed, target
 
 
 class StepResult(NamedTuple):

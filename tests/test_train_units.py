@@ -696,6 +696,13 @@ def test_noise_has_the_asked_size_and_is_not_in_the_target():
     assert torch.corrcoef(noise[:100]).triu(1).mean().abs().item() < 0.02  # nor of an item with another
 
 
+def test_every_bit_is_one_sign():
+    drawn = torch.randint(-(2**31), 2**31, (7, 3), dtype=torch.int32)
+    signs = torch.copysign(torch.ones(()), train_rqvae.random_signs(drawn))
+    bits = [[(word >> (31 - i)) & 1 for word in row for i in range(32)] for row in drawn.tolist()]
+    assert torch.equal(signs, 1 - 2 * torch.tensor(bits).float())
+
+
 @pytest.mark.parametrize("mixing", [0.3, 1.0, 10.0])
 def test_mixing_keeps_mean_and_variance(mixing):
     x = clusters(20_000)[torch.randperm(20_000)] + 1
