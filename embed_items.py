@@ -421,8 +421,8 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError, TypeError):  # each system's way not to have it
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: only larger ones are apart from the others, and returned when freed
-        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: of the others, so much may stay unused
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its most: only what is larger gets pages of its own
+        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: unused bytes at the end of the heap before they are returned
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

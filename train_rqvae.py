@@ -1346,8 +1346,8 @@ def keep_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError, TypeError):  # each system's way not to have it
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**26)  # M_MMAP_THRESHOLD: only larger ones are apart from the others, and returned when freed
-        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: of the others, so much may stay unused
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at its most: only what is larger gets pages of its own
+        mallopt(-1, 2**29)  # M_TRIM_THRESHOLD: unused bytes at the end of the heap before they are returned
 
 
 def choose_dtype(device: torch.device, name: str) -> str:
@@ -1457,7 +1457,7 @@ def deal(rows: Tensor, config: RQVAEConfig, device: torch.device) -> list[Pass]:
 def random_signs(drawn: Tensor) -> Tensor:
     """The bits of random int32 (B, W) as signs of numbers that mean nothing else, for copysign: (B, 32 W) float32.
 
-    On a CPU that takes a sixth of the time of normal deviates, and a layer that adds up hundreds of inputs cannot tell.
+    A sixth of the time of normal deviates on a CPU; to a layer that adds up hundreds of inputs they are alike.
     """
     shifts = torch.arange(32, dtype=drawn.dtype, device=drawn.device)
     return torch.bitwise_left_shift(drawn.unsqueeze(2), shifts).flatten(1).view(torch.float32)
@@ -1478,8 +1478,8 @@ def augment(
     """
     stretch = 1 / model.input_scale
     size, places, mine = (len(x), slice(None), slice(None)) if places is None else (size, places, slice(1, None))
+    drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS cannot draw from Beta, nor perhaps every int32
     if mixing:
-        drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS cannot draw from Beta
         alpha = torch.full((), mixing, device=drawn_on)
         beta = torch.distributions.Beta(alpha, alpha, validate_args=False)  # a look at alpha would wait for the GPU
         share = beta.sample((size, 1)).to(x)[places]  # (B, 1)
@@ -1489,7 +1489,7 @@ def augment(
     if not noise:
         return target, target
     words = (size, math.ceil(x.shape[1] / 32))
-    drawn = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, device=x.device)[places][mine]
+    drawn = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, device=drawn_on).to(x.device)[places][mine]
     signed = torch.full((), noise, device=x.device).copysign(random_signs(drawn)[:, : x.shape[1]])  # (B, D)
     return target + signed, target
 

@@ -671,7 +671,7 @@ def test_plan_counts_the_autoencoder_steps(changes, expected):
 
 
 def augmented(x: Tensor, noise: float, mixing: float) -> tuple[Tensor, Tensor, RQVAE]:
-    model = RQVAE(tiny_config())
+    model = RQVAE(tiny_config(item_embedding_dim=x.shape[1]))
     train_rqvae.fit_standardisation(model, x)
     inside = train_rqvae.augment(x, model, noise, mixing)
     noisy, target = (each * model.input_scale + model.input_mean for each in inside)
@@ -686,14 +686,14 @@ def test_without_noise_and_mixing_inputs_stay_as_they_are():
 
 
 def test_noise_has_the_asked_size_and_is_not_in_the_target():
-    x = 4 * clusters(4000) + 2
+    x = 4 * clusters(4000, dim=70) + 2
     noisy, target, model = augmented(x, 0.5, 0.0)
     assert torch.allclose(target, x, atol=1e-5)
     noise = (noisy - x) / model.input_scale
-    assert noise.std().item() == pytest.approx(0.5, rel=0.02)
+    assert torch.allclose(noise.abs(), torch.tensor(0.5), atol=1e-4)
     assert noise.mean().item() == pytest.approx(0, abs=0.01)
-    assert torch.cov(noise.T).sub(0.25 * torch.eye(DIM)).abs().max().item() < 0.03  # of no dimension with another
-    assert torch.corrcoef(noise[:100]).triu(1).mean().abs().item() < 0.02  # nor of an item with another
+    assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max().item() < 0.1  # no dimension goes with another
+    assert torch.corrcoef(noise[:500]).fill_diagonal_(0).abs().max().item() < 0.8  # nor an item with another
 
 
 def test_every_bit_is_one_sign():
@@ -730,6 +730,12 @@ def test_mixing_stays_on_the_line_between_two_items_of_the_batch():
         assert min(fits) < 1e-5
 
 
+WAITING = {  # for a number, for a shape that depends on numbers, or for a tensor made of Python numbers to be copied
+    "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "masked_scatter", "bincount", "_unique2",
+    "unique_dim", "unique_consecutive", "repeat_interleave", "lift_fresh",
+}  # fmt: skip
+
+
 class Dispatched(TorchDispatchMode):
     """Counts what reaches the device, by the name of the operator."""
 
@@ -738,22 +744,31 @@ class Dispatched(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.counts[operator.overloadpacket.__name__] += 1
+        name = operator.overloadpacket.__name__
+        if name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            name = "nonzero"
+        self.counts[name] += 1
         return operator(*args, **(kwargs or {}))
+
+
+def test_what_makes_the_host_wait_is_seen():
+    x = torch.arange(3.0)
+    for wait in (x.max().item, x.nonzero, lambda: x[x > 1], lambda: bool(x.max() > 1), lambda: torch.tensor(1.0)):
+        with Dispatched() as dispatched:
+            wait()
+        assert WAITING & dispatched.counts.keys()
 
 
 @pytest.mark.parametrize("width", [0, 1, 4])
 @pytest.mark.parametrize("changes", QUANTIZERS)
-def test_no_step_makes_the_host_wait_for_the_device(changes, width, monkeypatch):
+def test_no_step_of_one_process_makes_the_host_wait_for_the_device(changes, width, monkeypatch):
     monkeypatch.setattr(train_rqvae, "TRAINED_PER_PASS", {})  # as on a GPU
     x, model = clusters(), RQVAE(tiny_config(gradient_accumulation_steps=2, **changes))
     optimizers = train_rqvae.make_optimizers(model, 1e-3)
     with Dispatched() as dispatched:
         train_rqvae.train_step(model, optimizers, x, torch.arange(128), 0.5, width)
     assert dispatched.counts["addmm"] > 10
-    # a number read back, a shape that depends on numbers, and a tensor made of Python numbers, which is copied there
-    waiting = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "lift_fresh"}
-    assert not waiting & dispatched.counts.keys()
+    assert not WAITING & dispatched.counts.keys()
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
