@@ -2,7 +2,7 @@
 
     pip install -r requirements.txt -r tests/bench/requirements.txt
     python tests/bench/bench_train.py                          # 32,768 x 384 on a CPU
-    python tests/bench/bench_train.py --device cuda --dim 1024 # a GPU
+    python tests/bench/bench_train.py --device cuda --dim 1024 --whole_run 20000  # a GPU, the default run included
 
 On synthetic embeddings, in turn, several times, in one process:
 
@@ -14,7 +14,8 @@ products         the matrix products of each alone, in the same number types and
 ResidualVQ       of vector-quantize-pytorch in the same MLP, float32, Adam, as its README shows
 
 Then the time to read a parquet of embeddings into a tensor, as train_rqvae.py does and by way of lists, and the
-memory of the first beside the tensor's (on Linux).
+memory of the first beside the tensor's (on Linux). With --whole_run, last, the seconds of train_rqvae.py as a command
+with its default flags, for so many steps: start, validations, checkpoints, IDs and report included.
 """
 
 import argparse
@@ -156,13 +157,19 @@ def compare_steps(flags: argparse.Namespace) -> None:
         print(f"ResidualVQ takes {median['ResidualVQ, float32'] / ours:.2f} times as long")
 
 
+def write_embeddings(folder: str, rows: int) -> Path:
+    """A parquet as embed_items.py writes it, of rows x 1024."""
+    path = Path(folder, "Bench_items_with_embeddings.parquet")
+    names = pl.Series("parent_asin", [f"item {i}" for i in range(rows)])
+    vectors = pl.Series("embedding", torch.randn(rows, 1024).numpy()).cast(pl.List(pl.Float32))
+    table, metadata = pl.DataFrame([names, vectors]), {"rows_per_group": str(ROWS_PER_GROUP)}
+    table.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
+    return path
+
+
 def compare_reading(rows: int, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "Bench_items_with_embeddings.parquet")
-        names = pl.Series("parent_asin", [f"item {i}" for i in range(rows)])
-        vectors = pl.Series("embedding", torch.randn(rows, 1024).numpy()).cast(pl.List(pl.Float32))
-        table, metadata = pl.DataFrame([names, vectors]), {"rows_per_group": str(ROWS_PER_GROUP)}
-        table.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
+        path = write_embeddings(folder, rows)
         ways = {
             "ours": lambda: train_rqvae.EmbeddingDataset(path).embeddings,
             "through lists": lambda: torch.tensor(pl.read_parquet(path)["embedding"].to_list()),
@@ -180,6 +187,17 @@ def compare_reading(rows: int, repeats: int) -> None:
     print(f"peak memory of ours {peak / 1e6:,.0f} MB, {peak / size:.2f} times the tensor")
 
 
+def time_whole_run(rows: int, steps: int, device: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        write_embeddings(folder, rows)
+        command = ["--category", "Bench", "--data_dir", folder, "--checkpoint_dir", folder, "--device", device]
+        command = [sys.executable, ROOT / "train_rqvae.py", *command, "--max_steps", str(steps)]
+        start = time.perf_counter()
+        subprocess.run(command, env=os.environ | {"WANDB_MODE": "disabled"}, capture_output=True, check=True)
+        seconds = time.perf_counter() - start
+    print(f"train_rqvae.py on {rows:,} x 1024, {steps:,} steps: {seconds:.1f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -188,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=66_000)
     parser.add_argument("--steps", type=int, default=3, help="in a turn")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--whole_run", type=int, metavar="STEPS")
     parser.add_argument(
         "--keep_freed_memory", action="store_true", help="for all sides; train_rqvae.py does it on a CPU"
     )
@@ -196,6 +215,8 @@ def main() -> None:
         train_rqvae.keep_freed_memory()
     compare_steps(flags)
     compare_reading(flags.rows, 3)
+    if flags.whole_run:
+        time_whole_run(flags.rows, flags.whole_run, flags.device)
 
 
 if __name__ == "__main__":
