@@ -1340,7 +1340,7 @@ def choose_device(name: str) -> tuple[torch.device, str]:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep the memory of a tensor that is gone for the next one, which it would get as pages to be cleared.
+    """Has glibc keep freed memory for the next tensor: what it returns to the kernel comes back in pages to be cleared.
 
     On a CPU that clearing takes up to a fifth of all time. Other C libraries go on as they are.
     """

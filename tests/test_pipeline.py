@@ -188,11 +188,9 @@ def test_memory_of_freed_tensors_is_kept_for_the_next(script):
     assert done.stdout.split() == ["True", "True"]
 
 
-@pytest.mark.parametrize("name", ["embed_items", "train_rqvae"])
+@pytest.mark.parametrize("module", [embed_items, train_rqvae])
 @pytest.mark.parametrize("trouble", [AttributeError, OSError, TypeError])
-def test_other_systems_keep_memory_as_they_do(name, trouble, monkeypatch):
-    module = {"embed_items": embed_items, "train_rqvae": train_rqvae}[name]
-
+def test_other_systems_keep_memory_as_they_do(module, trouble, monkeypatch):
     def no_glibc(_):
         raise trouble
 

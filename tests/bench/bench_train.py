@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=66_000)
     parser.add_argument("--steps", type=int, default=3, help="in a turn")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--whole_run", type=int, metavar="STEPS")
+    parser.add_argument("--whole_run", type=int, metavar="STEPS", help="of the default run, 20000; none by default")
     parser.add_argument(
         "--keep_freed_memory", action="store_true", help="for all sides; train_rqvae.py does it on a CPU"
     )
