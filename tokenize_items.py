@@ -29,10 +29,10 @@ from transformers.hf_argparser import HfArg
 
 FORMAT_VERSION = 2
 FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; embed_items.py must use the same
-END_OF_TEXT = "<|endoftext|>"  # Qwen3-Embedding reads its vector off this last token
+END_OF_TEXT = "<|endoftext|>"
 TEXTS_PER_CALL = 2048  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
-MANY_TRUNCATED = 0.05  # share of truncated items above which a warning is printed
+ROOM = "make room or set the rights there, or choose another --data_dir"
 
 # ---------------------------------------------------------------- configuration
 
@@ -68,10 +68,6 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
         fail(what, f"{trouble} ({first_line})", way_out)
 
 
-def warn(message: str) -> None:
-    print("warning:", message, file=sys.stderr)
-
-
 def parse_config(argv: list[str] | None) -> TokenizeConfig:
     parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
@@ -94,26 +90,21 @@ def read_catalogue(path: Path) -> pl.DataFrame:
         fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
     unreadable = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
     with fail_on(unreadable, path, "not a readable parquet file", "write it again"):
-        columns = pl.scan_parquet(path, glob=False).collect_schema()
+        schema = pl.scan_parquet(path, glob=False).collect_schema()
         for name in ("parent_asin", "item_context"):
-            if name not in columns:
-                fail(path, f"no column {name} among {', '.join(columns)}", "rename one or add it")
+            if name not in schema:
+                fail(path, f"no column {name} among {', '.join(schema)}", "rename one or add it")
+            if schema[name] != pl.String:
+                fail(path, f"{name} is {schema[name]}, not text", f"pl.col({name!r}).cast(pl.String) makes it text")
         catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"], glob=False)
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
+    checks = {"duplicate parent_asin": ~catalogue["parent_asin"].is_first_distinct()}
     for column in catalogue:
-        if column.dtype != pl.String:
-            trouble = f"{len(column)} values of {column.name}, from row 0 on, are {column.dtype}, not text"
-            fail(path, trouble, f"cast the column: pl.col({column.name!r}).cast(pl.String)")
-        blank = (column.is_null() | (column.str.strip_chars() == "")).to_numpy()
-        if blank.any():
-            trouble = f"{blank.sum()} null or blank values in {column.name}, the first in row {blank.argmax()}"
-            fail(path, trouble, "drop those rows or fill them")
-    repeated = (~catalogue["parent_asin"].is_first_distinct()).to_numpy()
-    if repeated.any():
-        first = catalogue["parent_asin"][int(repeated.argmax())]
-        trouble = f"{repeated.sum()} duplicate parent_asin, the first is {first!r} in row {repeated.argmax()}"
-        fail(path, trouble, "keep one row of each")
+        checks[f"null or blank {column.name}"] = column.is_null() | (column.str.strip_chars() == "")
+    for trouble, wrong in checks.items():
+        if wrong.any():
+            fail(path, f"{wrong.sum()} {trouble}, the first in row {wrong.arg_max()}", "drop or fill those rows")
     return catalogue
 
 
@@ -134,63 +125,40 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     flag, way_out = f"--model_name {name}", "check the name and the network, or give a local folder"
     with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    if not tokenizer.is_fast:
-        fail(flag, "has no tokenizer.json", "choose a model with a fast tokenizer")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # AutoTokenizer makes such a one of a config.json alone
-        fail(flag, "has weights, but no tokenizer", "put the tokenizer's files beside them")
+    # AutoTokenizer makes a tokenizer without words of a config.json alone
+    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
+        fail(flag, "has no fast tokenizer (tokenizer.json)", "put the file there, or choose another model")
     return tokenizer
 
 
-def add_instruction(texts: list[str], instruction: str) -> list[str]:
-    """Qwen3-Embedding's prompt (model card): no space after `Query:`."""
-    return [f"Instruct: {instruction}\nQuery:{text}" for text in texts] if instruction else texts
+def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig) -> tuple[list, int]:
+    """Tokens of each item, N times (length,) int32, and the number of truncated items.
 
-
-def tokenize(
-    texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig
-) -> tuple[list[np.ndarray], int]:
-    """Tokens of each item, N times (length,) int32, and how many items were truncated.
-
-    The tokenizer uses all cores, and its truncation keeps the closing special tokens.
+    The tokenizer's own truncation keeps its closing special tokens.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)
+    # Qwen3-Embedding's prompt (model card): no space after `Query:`
+    prompt = f"Instruct: {config.instruction}\nQuery:" if config.instruction else ""
     tokens, truncated = [], 0
-    with tqdm(total=len(texts), unit=" items", desc="tokenize") as progress:
-        for start in range(0, len(texts), TEXTS_PER_CALL):
-            batch = add_instruction(texts[start : start + TEXTS_PER_CALL].to_list(), config.instruction)
-            encodings = backend.encode_batch_fast(batch)
-            tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-            truncated += sum(bool(encoding.overflowing) for encoding in encodings)
-            progress.update(len(batch))
+    for start in tqdm(range(0, len(texts), TEXTS_PER_CALL), unit=" batches", desc="tokenize"):
+        batch = [prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
+        encodings = backend.encode_batch_fast(batch)  # on all cores
+        tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        truncated += sum(bool(encoding.overflowing) for encoding in encodings)
     return tokens, truncated
 
 
-def report(
-    tokens: list[np.ndarray], truncated: int, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig
-) -> None:
-    """Prints token lengths, and warns of truncation and of items without the closing token."""
+def report(tokens: list[np.ndarray], truncated: int, vocabulary: dict[str, int], max_length: int) -> None:
+    """Prints the lengths of the items, and warns if they lack the token that Qwen3-Embedding reads its vector off."""
     n, lengths = len(tokens), np.array([len(ids) for ids in tokens])
-    low, median, high, top = np.percentile(lengths, [5, 50, 95, 99]).round().astype(int)
-    print(
-        f"tokens an item: mean {lengths.mean():.1f}, 5% {low}, median {median}, 95% {high}, "
-        f"99% {top}, longest {lengths.max()}; {lengths.sum():,} in all"
-    )
-    share = truncated / n
-    print(f"truncated to {config.max_length} tokens: {truncated:,} of {n:,} items ({share:.1%})")
-    if share > MANY_TRUNCATED:
-        warn(f"{share:.1%} of the items lose their end; consider a larger --max_length")
-    end_id = tokenizer.get_vocab().get(END_OF_TEXT)
-    if end_id is None:
-        print(f"this tokenizer has no {END_OF_TEXT}: embed with --pooling mean or cls, as its model expects")
-    elif missing := sum(ids[-1] != end_id for ids in tokens):
-        warn(
-            f"{missing:,} of {n:,} items do not end in {END_OF_TEXT}: this tokenizer does not append it, so "
-            f"last-token pooling will not read the vector that Qwen3-Embedding was trained to put there"
-        )
-    else:
-        print(f"every item ends in {END_OF_TEXT}, as last-token pooling needs")
+    median, high = np.percentile(lengths, [50, 95]).round().astype(int)
+    print(f"tokens an item: median {median}, 95% {high}, longest {lengths.max()}; {lengths.sum():,} in all")
+    print(f"truncated to {max_length} tokens: {truncated:,} of {n:,} items ({truncated / n:.1%})")
+    if missing := sum(ids[-1] != vocabulary.get(END_OF_TEXT) for ids in tokens):
+        trouble = f"{missing:,} of {n:,} items do not end in {END_OF_TEXT}, as Qwen3-Embedding expects"
+        print(f"warning: {trouble}; embed with --pooling mean or cls if this is another model", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- output
@@ -226,9 +194,8 @@ def write(path: Path, tokens: list[np.ndarray], pad_id: int, side: str, settings
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path, and moves that file to `path` when the block has written it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    way_out = "make room or set the rights there, or choose another --data_dir"
     try:
-        with fail_on(OSError, path, "cannot be written", way_out):
+        with fail_on(OSError, path, "cannot be written", ROOM):
             yield temporary
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -249,8 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(config.data_dir, f"{config.category}_tokenized.npz")
 
     catalogue = read_catalogue(source)
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        fail(target, "cannot be written", "set the rights there, or choose another --data_dir")
+    if not os.access(target.parent, os.W_OK):
+        fail(target, "cannot be written", ROOM)
     tokenizer = load_tokenizer(config.model_name)
     if config.max_length > tokenizer.model_max_length:
         config.max_length = tokenizer.model_max_length
@@ -260,6 +227,10 @@ def main(argv: list[str] | None = None) -> None:
 
     pad_id, side = tokenizer.pad_token_id or 0, tokenizer.padding_side
     behaviour = [tokenizer.backend_tokenizer.to_str(), pad_id, side, tokenizer.truncation_side]
+    tokens, truncated = tokenize(texts, tokenizer, config)
+    if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
+        fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
+    report(tokens, truncated, tokenizer.get_vocab(), config.max_length)
     settings = {
         "max_length": config.max_length,
         "n_items": len(texts),
@@ -269,15 +240,9 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer": hashlib.sha256(repr(behaviour).encode()).hexdigest(),
         "format_version": FORMAT_VERSION,
     }
-    tokens, truncated = tokenize(texts, tokenizer, config)
-    if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
-        trouble = f"{len(empty)} items become no token at all, the first in row {empty[0]}"
-        fail(source, trouble, "drop or describe them")
-    report(tokens, truncated, tokenizer, config)
     with atomic_write(target) as temporary:
         write(temporary, tokens, pad_id, side, settings)
-    width, size = max(map(len, tokens)), target.stat().st_size
-    print(f"wrote {target}: {len(texts):,} x {width} tokens, {size / 1e6:.1f} MB")
+    print(f"wrote {target}: {len(texts):,} x {max(map(len, tokens))} tokens, {target.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
