@@ -84,15 +84,6 @@ def test_truncation_keeps_the_closing_token_and_is_counted_right(data_dir, catal
     captured = capsys.readouterr()
     count = (lengths > max_length).sum()
     assert f"truncated to {max_length} tokens: {count} of 60 items" in captured.out
-    assert f"every item ends in {END}" in captured.out
-    assert "warning: " in captured.err
-    assert "consider a larger --max_length" in captured.err
-
-
-def test_few_truncated_items_raise_no_warning(data_dir, tiny_encoder, capsys):
-    main(flags(data_dir, tiny_encoder, "--max_length", "400"))
-    captured = capsys.readouterr()
-    assert re.search(r"truncated to 400 tokens: [12] of 60 items", captured.out)
     assert "warning" not in captured.err
 
 
@@ -100,9 +91,9 @@ def test_max_length_is_lowered_to_what_the_model_reads(data_dir, tiny_bert, caps
     main(flags(data_dir, tiny_bert))
     npz = read_npz(data_dir)
     assert npz["input_ids"].shape[1] == npz["max_length"] == 64
-    out = capsys.readouterr().out
-    assert "max_length lowered to 64" in out
-    assert "--pooling mean or cls" in out  # no <|endoftext|> there
+    captured = capsys.readouterr()
+    assert "max_length lowered to 64" in captured.out
+    assert "--pooling mean or cls" in captured.err  # no <|endoftext|> there
 
 
 def test_a_tokenizer_that_does_not_close_its_texts_is_warned_of(data_dir, tiny_encoder, tmp_path, capsys):
@@ -110,9 +101,7 @@ def test_a_tokenizer_that_does_not_close_its_texts_is_warned_of(data_dir, tiny_e
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.save_pretrained(tmp_path / "open")
     main(flags(data_dir, tmp_path / "open"))
-    captured = capsys.readouterr()
-    assert f"warning: 60 of 60 items do not end in {END}" in captured.err
-    assert "every item ends in" not in captured.out
+    assert f"warning: 60 of 60 items do not end in {END}" in capsys.readouterr().err
 
 
 def test_num_rows_takes_the_first_rows_and_keeps_the_whole_catalogues_fingerprint(data_dir, tiny_encoder):
@@ -131,26 +120,12 @@ def test_num_rows_takes_the_first_rows_and_keeps_the_whole_catalogues_fingerprin
 # ---------------------------------------------------------------- the file
 
 
-def test_a_complete_output_is_not_made_again_unless_asked(data_dir, tiny_encoder, monkeypatch, capsys):
-    argv, calls, tokenize = flags(data_dir, tiny_encoder), [], tokenize_items.tokenize
-    monkeypatch.setattr(tokenize_items, "tokenize", lambda *args: calls.append(args) or tokenize(*args))
-    path = data_dir / "Tiny_tokenized.npz"
-    main(argv)
-    complete = path.read_bytes()
-    main(argv)
-    assert "is complete already: nothing to do; --overwrite tokenizes again" in capsys.readouterr().out
-    assert len(calls) == 1
-    main([*argv, "--overwrite"])
-    assert len(calls) == 2
-    damages = [b"", complete[:-9], complete[:5000] + b"?" + complete[5001:]]
-    for damaged in damages:
-        path.write_bytes(damaged)
-        main(argv)
-        assert path.read_bytes() == complete
-    for more in (["--max_length", "40"], ["--instruction", "Another"], ["--num_rows", "50"]):
-        calls.clear()
-        main([*argv, *more])
-        assert calls, more
+def test_a_second_run_replaces_the_output(data_dir, tiny_encoder):
+    main(flags(data_dir, tiny_encoder))
+    complete = files_of(data_dir)
+    (data_dir / "Tiny_tokenized.npz").write_bytes(b"damaged")
+    main(flags(data_dir, tiny_encoder))
+    assert files_of(data_dir) == complete
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -179,8 +154,7 @@ def test_padding_gives_back_every_token(lengths, side):
     lengths = np.array(lengths)
     flat = np.arange(1, lengths.sum() + 1, dtype=np.int32)
     items = np.split(flat, lengths.cumsum()[:-1])
-    ids = tokenize_items.pad(items, width=lengths.max(), pad_id=-7, side=side)
-    mask = tokenize_items.mask_of(items, width=lengths.max(), side=side)
+    ids, mask = tokenize_items.pad(items, width=lengths.max(), pad_id=-7, side=side)
     assert ids.shape == mask.shape == (len(lengths), lengths.max())
     assert (ids[mask > 0] == flat).all()
     assert (mask.sum(axis=1) == lengths).all()
@@ -191,21 +165,11 @@ def test_padding_gives_back_every_token(lengths, side):
 def test_the_npz_is_the_one_that_numpy_writes(tmp_path, monkeypatch, side):
     monkeypatch.setattr(tokenize_items, "ROWS_PER_WRITE", 4)
     items = [np.arange(1, length + 1, dtype=np.int32) for length in (3, 1, 7, 2, 5, 1, 4, 6, 2)]
-    tokens = tokenize_items.Tokens(items, np.array(list(map(len, items))), 0)
     settings = {"n_items": 9, "model_name": "naïve/模型"}
-    tokenize_items.write(tmp_path / "ours.npz", tokens, 9, side, settings)
-    ids, mask = tokenize_items.pad(items, 7, 9, side), tokenize_items.mask_of(items, 7, side)
+    tokenize_items.write(tmp_path / "ours.npz", items, 9, side, settings)
+    ids, mask = tokenize_items.pad(items, 7, 9, side)
     np.savez(tmp_path / "numpy.npz", input_ids=ids, attention_mask=mask, **settings)
     assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
-
-
-def test_two_runs_write_the_same_bytes(data_dir, tiny_encoder):
-    path = data_dir / "Tiny_tokenized.npz"
-    main(flags(data_dir, tiny_encoder))
-    first = path.read_bytes()
-    path.unlink()
-    main(flags(data_dir, tiny_encoder))
-    assert path.read_bytes() == first
 
 
 def test_the_fingerprint_depends_on_values_and_order_alone(data_dir, catalogue):
@@ -251,25 +215,21 @@ BAD_CATALOGUES = {
     ),
     "null text": (
         set_values("item_context", {7: None, 40: None}),
-        ["2 null or blank values in item_context, the first in row 7", "drop"],
+        ["2 null or blank item_context, the first in row 7", "drop"],
     ),
-    "null name": (set_values("parent_asin", {0: None}), ["1 null or blank values in parent_asin, the first in row 0"]),
+    "null name": (set_values("parent_asin", {0: None}), ["1 null or blank parent_asin, the first in row 0"]),
     "blank text": (
         set_values("item_context", {59: "", 5: " \t\n", 6: "\u3000\u00a0"}),
-        ["3 null or blank values in item_context, the first in row 5"],
+        ["3 null or blank item_context, the first in row 5"],
     ),
-    "all null": (lambda c: c.with_columns(item_context=pl.lit(None)), ["60 values of item_context", "not text"]),
+    "all null": (lambda c: c.with_columns(item_context=pl.lit(None)), ["item_context is Null, not text"]),
     "numbers for names": (
         lambda c: c.with_columns(parent_asin=pl.int_range(60)),
-        ["60 values of parent_asin, from row 0 on, are Int64, not text", "cast"],
-    ),
-    "lists for texts": (
-        lambda c: c.with_columns(pl.concat_list("item_context", "title").alias("item_context")),
-        ["60 values of item_context, from row 0 on, are List(String), not text"],
+        ["parent_asin is Int64, not text", "cast"],
     ),
     "duplicate names": (
         set_values("parent_asin", {9: "B002", 30: "B002", 31: "B003"}),
-        ["3 duplicate parent_asin, the first is 'B002' in row 9", "keep one"],
+        ["3 duplicate parent_asin, the first in row 9", "drop"],
     ),
     "no rows": (lambda c: c.head(0), ["no rows", "at least one item"]),
 }
@@ -285,14 +245,12 @@ def test_a_catalogue_that_breaks_the_contract_is_refused(data_dir, catalogue, ti
     assert all(part in line for part in [str(path), *expected]), line
 
 
-@pytest.mark.parametrize("part", [0, 1, 0.3, 0.9, -8, -1, "garbage", "csv"])
+@pytest.mark.parametrize("part", [0, 0.9, -1, "garbage"])
 def test_a_corrupt_catalogue_is_refused(data_dir, tiny_encoder, refused, part):
     path = data_dir / "Tiny_items_updated.parquet"
     whole = path.read_bytes()
     if part == "garbage":
         path.write_bytes(np.random.default_rng(0).bytes(5000))
-    elif part == "csv":
-        path.write_text("parent_asin,item_context\nB000,Lamp\n")
     else:
         path.write_bytes(whole[: int(len(whole) * part) if isinstance(part, float) else part])
     (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
@@ -316,7 +274,7 @@ def test_items_without_a_token_are_refused(data_dir, catalogue, tiny_bert, tmp_p
     path = data_dir / "Tiny_items_updated.parquet"
     set_values("item_context", {4: "\u200b", 5: "\u200b"})(catalogue).write_parquet(path)  # a space of no width
     line = refused(main, flags(data_dir, tmp_path / "bare", "--instruction", ""), data_dir)
-    assert f"{path}: 2 items become no token at all, the first in row 4" in line
+    assert f"{path}: 2 items have no token, the first in row 4" in line
 
 
 BAD_FLAGS = {
@@ -324,9 +282,7 @@ BAD_FLAGS = {
     "abbreviated": (["--max", "9"], "'--max'"),
     "stray word": (["Sample"], "'Sample'"),
     "no number": (["--max_length", "many"], "--max_length"),
-    "no value": (["--instruction"], "--instruction"),
     "max_length 1": (["--max_length", "1"], "--max_length 1: must be at least 2"),
-    "num_rows 0": (["--num_rows", "0"], "--num_rows 0: must be at least 1"),
     "num_rows -3": (["--num_rows", "-3"], "--num_rows -3: must be at least 1"),
 }
 
@@ -341,7 +297,7 @@ def test_a_wrong_flag_is_refused(data_dir, tiny_encoder, refused, kind):
     assert "--help lists the flags" in line
 
 
-@pytest.mark.parametrize("kind", ["hub name", "no folder", "empty folder", "garbage", "slow"])
+@pytest.mark.parametrize("kind", ["hub name", "empty folder", "garbage", "slow"])
 def test_a_model_without_a_usable_tokenizer_is_refused(data_dir, tiny_encoder, tmp_path, refused, kind):
     folder = tmp_path / "model"
     if kind == "empty folder":
@@ -378,13 +334,6 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_output(data_dir, tiny_encode
     line = full_disk(refused, main, flags(data_dir, tiny_encoder), data_dir)
     assert f"{path}: cannot be written" in line
     assert "make room" in line
-
-
-def test_an_output_that_cannot_be_replaced_is_told(data_dir, tiny_encoder, refused):
-    path = data_dir / "Tiny_tokenized.npz"
-    path.mkdir()
-    line = refused(main, flags(data_dir, tiny_encoder), data_dir)
-    assert f"{path}: cannot be written" in line
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
