@@ -10,8 +10,7 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
     python embed_items.py --category Video_Games --reuse                     # only the items that are new or changed
     torchrun --nproc_per_node=8 embed_items.py --category Video_Games        # eight GPUs
 
-Finished vectors wait in data/output/.{category}_items_with_embeddings.parquet.partial until the output is complete.
-After a kill, the same command goes on from there, also with another number of processes.
+After a kill, the same command goes on from the vectors finished so far, also with another number of processes.
 
 Before: tokenize_items.py. Next: train_rqvae.py.
 Shapes: N items, B items in a batch, T tokens of the longest item in it, D target_dim, H the model's own size.
@@ -43,7 +42,6 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
 
 if os.name == "posix":
     import fcntl
@@ -65,6 +63,7 @@ RANK, WORLD, LOCAL_RANK = (
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items()
 )
+print0 = print if RANK == 0 else lambda *_, **__: None
 
 # ---------------------------------------------------------------- configuration
 
@@ -120,11 +119,6 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
     except errors as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(what, f"{trouble} ({first_line})", way_out)
-
-
-def print0(message: str) -> None:
-    if RANK == 0:
-        print(message)
 
 
 def from_rank_0(value: Any) -> Any:
@@ -190,10 +184,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def slices(path: Path, columns: list[str], size: int, n: int | None = None) -> Iterator[pl.DataFrame]:
     """The first n rows of a parquet file, or all, `size` at a time."""
-    frame = pl.scan_parquet(path, glob=False).select(columns)
-    n = frame.select(pl.len()).collect().item() if n is None else n
-    for start in range(0, n, ROWS_READ):
-        yield from frame.slice(start, min(ROWS_READ, n - start)).collect().iter_slices(size)
+    frame = pl.scan_parquet(path, n_rows=n, glob=False).select(columns)
+    for start in range(0, frame.select(pl.len()).collect().item(), ROWS_READ):
+        yield from frame.slice(start, ROWS_READ).collect().iter_slices(size)
 
 
 # ---------------------------------------------------------------- input
@@ -212,13 +205,11 @@ class Tokens(NamedTuple):
     max_length: int
 
 
-def read_rows(archive: zipfile.ZipFile, name: str, dtypes: list, size: int = 4096) -> Iterator[np.ndarray]:
+def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator[np.ndarray]:
     """Rows of an array (N, W) in an npz, some at a time."""
     with archive.open(f"{name}.npy") as file:
         np.lib.format.read_magic(file)
-        (n, width), is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        if is_fortran or dtype not in dtypes:
-            raise ValueError(f"{name} is {dtype} {n, width}")
+        (n, width), _, dtype = np.lib.format.read_array_header_1_0(file)
         for start in range(0, n, size):
             rows = min(size, n - start)
             yield np.frombuffer(file.read(rows * width * dtype.itemsize), dtype).reshape(rows, width)
@@ -235,11 +226,9 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
         if npz["format_version"] != FORMAT_VERSION:
             raise ValueError(f"not of format {FORMAT_VERSION}")
         settings = {name: npz[name].item() for name in Tokens._fields[3:]}
-        rows = read_rows(npz.zip, "input_ids", [np.int32])
-        masks = read_rows(npz.zip, "attention_mask", [np.uint8, bool])
         ids, lengths = bytearray(), []
-        for row, mask in zip(rows, masks, strict=True):
-            ids += row[mask > 0].tobytes()
+        for rows, mask in zip(read_rows(npz.zip, "input_ids"), read_rows(npz.zip, "attention_mask"), strict=True):
+            ids += rows[mask > 0].tobytes()
             lengths.append((mask > 0).sum(axis=1))
         lengths = np.concatenate(lengths)
         if not lengths.all():
@@ -251,10 +240,8 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
 def read_catalogue(config: EmbedConfig, tokens: Tokens) -> np.ndarray:
     """Checks that the tokens were made from this catalogue; returns a 64-bit hash of the text of each item: (N)."""
     path, names = config.catalogue_path, ["parent_asin", "item_context"]
-    if not path.is_file():
-        fail(path, f"not found, though {config.tokens_path} was made from it", "put the catalogue back")
     fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
-    with fail_on(UNREADABLE, path, "not a readable parquet file", "write it again"):
+    with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
         schema = pl.scan_parquet(path, glob=False).collect_schema()
         if "embedding" in schema:
             fail(path, "already has a column embedding", "drop or rename it")
@@ -406,9 +393,8 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
     if prefix:
         print0(f"the {prefix.get_seq_length()} tokens that all items start with are read once")
     print0(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
-    if agreement < GOOD_AGREEMENT and RANK == 0:
-        trouble = f"below {GOOD_AGREEMENT}: padding changes the vectors"
-        print(f"warning: {trouble}; try --dtype float32 or another --pooling", file=sys.stderr)
+    if agreement < GOOD_AGREEMENT:
+        print0("warning: padding changes the vectors; try --dtype float32 or another --pooling", file=sys.stderr)
     return prefix
 
 
@@ -438,6 +424,7 @@ class Store:
             with atomic_write(path) as temporary:
                 self.folder.mkdir()
                 temporary.write_text(json.dumps(recipe, indent=1))
+        (self.folder / "vectors-reused").unlink(missing_ok=True)  # perhaps half of a copy; `reuse` makes a new one
         earlier = json.loads(path.read_text())
         if other := [name for name in recipe if recipe[name] != earlier.get(name)]:
             trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
@@ -503,10 +490,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def reuse(
     model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray
 ) -> np.ndarray:
-    """Copies the vectors that the earlier output holds for the same texts into the store: (N) bool, the rows kept.
-
-    texts (N) are hashes of the texts.
-    """
+    """Copies vectors of the earlier output into the store, where hashes of texts (N) are equal: (N) bool, copied."""
     path, metadata, kept = config.target, read_metadata(config.target), np.zeros(len(texts), dtype=bool)
     if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
         print(f"no vector of {path} is kept (not found, or made with another {', '.join(other)}): all are embedded")
@@ -535,10 +519,8 @@ def write(config: EmbedConfig, store: Store, first: np.ndarray, metadata: dict[s
     schema = pl.scan_parquet(config.catalogue_path, glob=False).collect_schema()
 
     def pieces(*_) -> Iterator[pl.DataFrame]:
-        start = 0
-        for piece in slices(config.catalogue_path, list(schema), ROWS_PER_GROUP, len(first)):
-            vectors = store.read(first[start : start + piece.height])
-            start += piece.height
+        for i, piece in enumerate(slices(config.catalogue_path, list(schema), ROWS_PER_GROUP, len(first))):
+            vectors = store.read(first[i * ROWS_PER_GROUP :][: piece.height])
             if not is_unit(vectors).all():
                 fail(store.folder, "vectors are missing", "run the same command again")
             yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
@@ -561,7 +543,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints a line for every retry without a network
-    transformers_logging.disable_progress_bar()
     device, reason = choose_device(config.device)
     if WORLD > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # no more than batch lists; vectors go through files
@@ -594,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
             return
 
         _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
-        first = first[inverse]  # (N) the first row with the same text, which alone is embedded
+        first = first[inverse]  # (N) the first row with the same text, the only one embedded
         store, batches = Store(config.target.with_name(f".{config.target.name}.partial"), n, config.target_dim), None
         if RANK == 0:
             store.open(metadata)

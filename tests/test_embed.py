@@ -224,7 +224,7 @@ def test_a_padding_that_changes_the_vectors_is_warned_of(bert_dir, change_forwar
     captured = capsys.readouterr()
     agreement = re.search(r"alone and inside a batch agree to a cosine of ([\d.]+) at the worst", captured.out)
     assert float(agreement[1]) < 0.999
-    assert "warning: below 0.999: padding changes the vectors" in captured.err
+    assert "warning: padding changes the vectors" in captured.err
 
 
 def test_the_instruction_is_read_once(qwen3_dir, change_forward, reference, capsys):
@@ -494,6 +494,7 @@ def test_a_vector_that_is_no_number_ends_the_run(with_earlier, tiny_encoder, tmp
     with torch.no_grad():
         model.get_input_embeddings().weight[token] = float("nan")
     model.save_pretrained(broken)
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_info:
         main(flags(with_earlier, "--model_name", broken, "--tokens_per_batch", "1"))
     assert exit_info.value.code == 2
@@ -531,7 +532,7 @@ def test_a_missing_catalogue_is_refused(with_earlier, refused):
     path = with_earlier / "Tiny_items_updated.parquet"
     path.unlink()
     line = refused(main, flags(with_earlier), with_earlier)
-    assert f"{path}: not found" in line
+    assert f"{path}: not a readable parquet file (No such file" in line
     assert "put the catalogue back" in line
 
 
@@ -629,8 +630,6 @@ CONTRADICTIONS = {
     "a narrower mask": lambda n: {"attention_mask": n["attention_mask"][:, 1:]},
     "a shorter mask": lambda n: {"attention_mask": n["attention_mask"][1:]},
     "a flat mask": lambda n: {"attention_mask": n["attention_mask"].ravel()},
-    "ids of another type": lambda n: {"input_ids": n["input_ids"].astype(np.float32)},
-    "columns first": lambda n: {"input_ids": np.asfortranarray(n["input_ids"])},
     "negative ids": lambda n: {"input_ids": -n["input_ids"] - 1},
     "ids past the vocabulary": lambda n: {"input_ids": n["input_ids"] + 10_000},
     "no rows": lambda n: {"n_items": 0, "input_ids": n["input_ids"][:0], "attention_mask": n["attention_mask"][:0]},

@@ -109,18 +109,15 @@ def compare_writing() -> None:
         config = embed_items.EmbedConfig(data_dir=folder, target_dim=DIMENSIONS)
         names = list(map(str, range(VECTORS)))
         pl.DataFrame({"parent_asin": names, "item_context": names}).write_parquet(config.catalogue_path)
-        rows = np.arange(VECTORS)
-        tokens = embed_items.Tokens(None, None, rows, rows, rows[:0], 0, 0, "", "", "", "", 0, "")
-        job = embed_items.Job(config, tokens, embed_items.stamp(config.catalogue_path), {}, False, rows, rows >= 0)
-        finished = embed_items.FinishedVectors(config.partial, DIMENSIONS)
-        finished.open({})
-        finished.keep(generator.permutation(VECTORS), vectors)
+        store = embed_items.Store(Path(folder, "store"), VECTORS, DIMENSIONS)
+        store.open({})
+        store.write(generator.permutation(VECTORS), vectors)
 
         def through_lists(dtype: pl.DataType | None) -> None:
             pl.Series("embedding", vectors.tolist(), dtype=dtype).to_frame().write_parquet(path)
 
         ways = {
-            "ours, from the finished vectors": lambda: embed_items.write(job, finished),
+            "ours, from the finished vectors": lambda: embed_items.write(config, store, np.arange(VECTORS), {}),
             "through lists": lambda: through_lists(None),
             "through lists, declared Float32": lambda: through_lists(pl.List(pl.Float32)),
         }
@@ -145,17 +142,12 @@ def main() -> None:
     parser.add_argument("--tokens_per_batch", type=int, help="of ours; by default its own")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 16, 32, 64], help="of sentence-transformers")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--keep_freed_memory", action="store_true", help="for all sides; embed_items.py does it on a CPU"
-    )
     flags = parser.parse_args()
     dtype, device = getattr(torch, flags.dtype), torch.device(flags.device)
-    if flags.keep_freed_memory:
-        embed_items.keep_freed_memory()
     texts = pl.read_parquet(flags.catalogue, columns=["item_context"])["item_context"]
     texts = texts.gather(np.linspace(0, len(texts) - 1, flags.num_rows or len(texts)).astype(int))
     instruction = tokenize_items.TokenizeConfig().instruction
-    prompts = tokenize_items.wrap(texts.to_list(), instruction)
+    prompts = [f"Instruct: {instruction}\nQuery:{text}" for text in texts]
     with tempfile.TemporaryDirectory() as folder:
         make_model(flags.model, flags.tokenizer, folder)
         tokenizer = tokenize_items.load_tokenizer(folder)
@@ -171,21 +163,22 @@ def main() -> None:
     stage = {}  # of ours: what embed_all alone took, and from what
 
     def ours() -> np.ndarray:
-        cut = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
+        cut, _ = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
         told = {"max_length": MAX_LENGTH, "n_items": len(texts), "instruction": instruction}
         told |= {"model_name": "", "fingerprint": "", "tokenizer": "", "format_version": embed_items.FORMAT_VERSION}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tokenize_items.write(folder / "tokens.npz", cut, 0, "left", told)
-            tokens = embed_items.read_tokens(folder / "tokens.npz")
+            tokens = embed_items.read_tokens(folder / "tokens.npz", None)
             start = time.perf_counter()
-            prefix = embed_items.read_prefix(model, tokens.common)
-            finished = embed_items.FinishedVectors(folder, config.target_dim)
-            wanted = np.flatnonzero(tokens.first == np.arange(len(texts)))
-            embed_items.embed_all(model, tokens, config, prefix, finished, wanted, np.zeros(len(texts), dtype=bool))
-            stage.update(seconds=time.perf_counter() - start, tokens=tokens, skip=prefix.get_seq_length())
-            files, which, position = finished.places(len(texts))
-            return finished.read(files, which[tokens.first], position[tokens.first])
+            prefix = embed_items.read_prefix(model, tokens, config)
+            store = embed_items.Store(folder, len(texts), config.target_dim)
+            _, first, inverse = np.unique(texts.to_numpy(), return_index=True, return_inverse=True)
+            batches = embed_items.batches_by_length(first, tokens.lengths, budget)
+            embed_items.embed_all(model, tokens, config, prefix, store, batches)
+            stage.update(seconds=time.perf_counter() - start, tokens=tokens, batches=batches)
+            stage.update(skip=prefix.get_seq_length())
+            return store.read(first[inverse])
 
     def encode(batch_size: int) -> np.ndarray:
         return reference.encode(prompts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True)
@@ -216,11 +209,10 @@ def main() -> None:
         for side, (rows, work) in sides.items():
             seconds, vectors[side] = timed(work, device)
             speeds[side].append(rows / seconds)
-        lengths = stage["tokens"].lengths[np.unique(stage["tokens"].first)]
-        read = lengths - stage["skip"]
+        read = stage["tokens"].lengths[np.concatenate(stage["batches"])] - stage["skip"]
         shares.append(2 * weights * read.sum() / stage["seconds"] / rate)
-    batches = embed_items.batches_by_length(lengths, budget)
-    laid_out = sum(len(rows) * read[rows].max() for rows in batches)
+    own = stage["tokens"].lengths - stage["skip"]
+    laid_out = sum(len(rows) * own[rows].max() for rows in stage["batches"])
     cosines = (vectors["ours"] * vectors[f"sentence-transformers ({best})"]).sum(1)
     tokens = stage["tokens"].lengths
     print(f"\n{flags.model}, {flags.dtype} on {device} ({os.cpu_count()} cores), {len(prompts):,} items of "

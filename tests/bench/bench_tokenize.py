@@ -89,14 +89,15 @@ def main() -> None:
         table = write_catalogue(flags.catalogue, flags.copies, folder)
         command = ["--category", CATEGORY, "--data_dir", name, "--model_name", flags.model_name]
         command += ["--max_length", str(flags.max_length)]
-        prompts = tokenize_items.wrap(table["item_context"].to_list(), tokenize_items.TokenizeConfig().instruction)
+        instruction = tokenize_items.TokenizeConfig().instruction
+        prompts = [f"Instruct: {instruction}\nQuery:{text}" for text in table["item_context"]]
         raw_tokenizer = tokenize_items.load_tokenizer(flags.model_name)
         raw_tokenizer.backend_tokenizer.enable_truncation(flags.max_length)
         usual_tokenizer = tokenize_items.load_tokenizer(flags.model_name)
         few = prompts[:: round(1 / flags.usual_share)]
         sides = {
             "raw": (len(prompts), lambda: raw_tokenizer.backend_tokenizer.encode_batch_fast(prompts)),
-            "ours": (len(prompts), lambda: tokenize_items.main([*command, "--overwrite"])),
+            "ours": (len(prompts), lambda: tokenize_items.main(command)),
             "usual script": (
                 len(few),
                 lambda: usual_script(few, usual_tokenizer, flags.max_length, folder / "usual.npz"),
