@@ -17,11 +17,7 @@ import polars as pl
 
 OUTPUT = Path(__file__).resolve().parents[1] / "output" / "Sample_items_updated.parquet"
 QUOTAS = {"game": 1000, "gear": 580, "merch": 310, "console": 80, "credit": 30}
-
-
-def words(text: str) -> list[str]:
-    """Split text at its spaces."""
-    return text.split()
+words = str.split
 
 
 def phrases(text: str) -> list[str]:
@@ -1082,7 +1078,7 @@ SHARES = {
     "game": {"openers": 1.2, "own": 4, "lore": 2, "edition": 2, "platform": 1.2, "shop": 1},
     "gear": {"openers": 1.2, "own": 4, "compat": 1, "box": 2},
     "merch": {"openers": 1.5, "own": 3, "box": 2},
-    "console": {"openers": 1.2, "bundle": 1.5, "facts": 4, "shop": 2},
+    "console": {"openers": 1.2, "bundle": 1.5, "own": 4, "shop": 2},
     "credit": {"own": 2, "any": 3},
 }
 
@@ -1109,14 +1105,15 @@ def join(rng: random.Random, sentences: list[str]) -> str:
     return text
 
 
-def describe(rng: random.Random, kind: str, slots: dict[str, str], features=(), **parts: list[str]) -> str:
+def describe(rng: random.Random, kind: str, slots: dict[str, str], block: dict, **parts: list[str]) -> str:
     """Write a description of random length: sentences of each part in SHARES, then some features.
 
-    parts gives the templates of a part where SENTENCES has none for this kind. A part without templates is left out.
+    block has the item's own sentences and features. parts are sentences that not all items of this kind share.
     """
     length = min(rng.lognormvariate(4.6, 0.75), 420)  # words
     if length < 22:
         return fill(rng, rng.choice(SENTENCES[f"{kind} in short"]), slots)
+    parts["own"] = block["sentences"]
     groups = [(share, parts.get(part) or SENTENCES.get(f"{kind} {part}")) for part, share in SHARES[kind].items()]
     groups = [(share, templates) for share, templates in groups if templates]
     total = sum(share for share, _ in groups)
@@ -1130,6 +1127,7 @@ def describe(rng: random.Random, kind: str, slots: dict[str, str], features=(), 
         unused += shuffled[count:]
     if not sentences:
         sentences = [fill(rng, rng.choice(unused), slots)]
+    features = block.get("features")
     if not features or length <= 45 or rng.random() >= 0.5:
         return join(rng, sentences)
 
@@ -1151,6 +1149,8 @@ def describe(rng: random.Random, kind: str, slots: dict[str, str], features=(), 
 class Series:
     """A series of games."""
 
+    name: str
+    genre: str
     entries: list[tuple[str, int]]  # title and year of each game
     platforms: list[dict[str, str]]
     slots: dict[str, str]  # names that its texts use
@@ -1239,7 +1239,7 @@ class Shop:
             "publisher": rng.choice(self.publishers),
         }
         platforms = rng.sample(self.platforms[oldest:], rng.randint(2, 4))
-        return Series(entries, platforms, slots, rng.uniform(0.5, 2))
+        return Series(name, genre, entries, platforms, slots, rng.uniform(0.5, 2))
 
     def make_entries(self, name: str, nouns: list[str]) -> list[tuple[str, int]]:
         """Invent titles and years of two to five games of a series."""
@@ -1269,40 +1269,31 @@ class Shop:
         entry, year = rng.choice(series.entries)
         platform = rng.choice(series.platforms)
         edition = rng.choice(EDITIONS) if rng.random() < 0.35 else ""
-        genre, name = series.slots["genre"], series.slots["series"]
         slots = {
             **series.slots,
             **platform,
             "title": entry,
             "year": str(year),
             "year_before": str(year - rng.randint(6, 12)),
-            "label": rng.choice(GENRES[genre]["label"]),
+            "label": rng.choice(GENRES[series.genre]["label"]),
         }
         slots["extra"], slots["extra2"] = rng.sample(EXTRAS, 2)
         title = rng.choice(["{0} - {1}", "{0} ({1})", "{0} for {1}", "{0} [{1}]"])
         full_name = rng.choice(["{} - {}", "{} {}", "{}: {}"]).format(entry, edition) if edition else entry
         title = title.format(full_name, platform["platform"])
         openers = SENTENCES["game openers"]
-        if entry == name:  # it is the first game itself
+        if entry == series.name:  # it is the first game itself
             openers = [line for line in openers if "the first {series}" not in line]
-        text = describe(
-            rng,
-            "game",
-            slots,
-            GENRES[genre]["features"],
-            openers=openers,
-            own=GENRES[genre]["sentences"],
-            edition=[rng.choice(SENTENCES[edition])] if edition else [],
-        )
-        category = f"Games > {genre.title()}"
-        return Item("game", category, title, text, platform["platform"], genre, name, slots["publisher"])
+        edition = [rng.choice(SENTENCES[edition])] if edition else []
+        text = describe(rng, "game", slots, GENRES[series.genre], openers=openers, edition=edition)
+        category, publisher = f"Games > {series.genre.title()}", slots["publisher"]
+        return Item("game", category, title, text, platform["platform"], series.genre, series.name, publisher)
 
     def gear(self) -> Item:
         rng = self.rng
         kind, brand = rng.choice(list(self.models))
         block, model = GEAR[kind], rng.choice(self.models[kind, brand])
-        forms = block.get("forms", FORMS)
-        platform = rng.choice([platform for platform in self.platforms if platform["form"] in forms])
+        platform = rng.choice([one for one in self.platforms if one["form"] in block.get("forms", FORMS)])
         colour, other_colour = rng.sample(COLOURS, 2)
         slots = {
             **platform,
@@ -1317,8 +1308,8 @@ class Shop:
         }
         title = "{brand} {model} {noun} for {platform}[|, {size}|, {colour}| - {colour}, {size}| ({colour})]"
         title = fill(rng, title, slots)
-        compat = SENTENCES["gear for PC"] if platform["platform"] == "PC" else SENTENCES["gear compat"]
-        text = describe(rng, "gear", slots, block["features"], own=block["sentences"], compat=compat)
+        compat = SENTENCES["gear for PC"] if platform["platform"] == "PC" else []
+        text = describe(rng, "gear", slots, block, compat=compat)
         return Item(kind, f"Accessories > {kind.title()}", title, text, platform["platform"], brand=brand)
 
     def merch(self) -> Item:
@@ -1344,9 +1335,8 @@ class Shop:
             title = "{series} {noun} - {who}" + rng.choice(["", ", {size}"])
             title = rng.choice([title, "{brand} " + title, "{who} {noun}, {series} ({size})"])
         title = fill(rng, title, slots)
-        text = describe(rng, "merch", slots, own=MERCH[kind]["sentences"])
-        category = f"Collectibles > {kind.title()}"
-        return Item(kind, category, title, text, "", slots["genre"], slots["series"], brand)
+        text = describe(rng, "merch", slots, MERCH[kind])
+        return Item(kind, f"Collectibles > {kind.title()}", title, text, "", series.genre, series.name, brand)
 
     def console(self) -> Item:
         rng = self.rng
@@ -1354,23 +1344,20 @@ class Shop:
         series, series2 = rng.sample(self.series, 2)
         entry, _ = rng.choice(series.entries)
         noun = rng.choice(["Console", "Slim Console", "System", "Refurbished Console"])
-        bundle = rng.random() < 0.35
+        bundle = SENTENCES["bundle"] if rng.random() < 0.35 else []
         slots = {
             **series.slots,
             **platform,
             "title": entry,
             "colour": colour,
             "noun": noun,
-            "series2": series2.slots["series"],
+            "series2": series2.name,
             "size": rng.choice(["32 GB", "500 GB", "1 TB"]),
             "pads": rng.choice(["one pad", "two pads", "a controller"]),
         }
-        ending = colour.title()
-        if bundle:
-            ending = rng.choice([f"{entry} Bundle", f"{slots['series']} Edition"])
-        text = describe(rng, "console", slots, bundle=SENTENCES["bundle"] if bundle else [])
-        title = f"{platform['platform']} {noun} - {ending}"
-        name = slots["series"] if bundle else ""
+        ending = rng.choice([f"{entry} Bundle", f"{series.name} Edition"]) if bundle else colour.title()
+        text = describe(rng, "console", slots, {"sentences": SENTENCES["console facts"]}, bundle=bundle)
+        title, name = f"{platform['platform']} {noun} - {ending}", series.name if bundle else ""
         return Item("console", "Consoles", title, text, platform["platform"], "", name, platform["maker"])
 
     def credit(self) -> Item:
@@ -1378,7 +1365,7 @@ class Shop:
         platform = rng.choice(self.platforms[:-1])
         size = rng.choice(["10 coins", "20 coins", "25 coins", "50 coins", "3 months", "12 months"])
         name = "Store Credit" if "coins" in size else "Online Membership"
-        text = describe(rng, "credit", {**platform, "size": size}, own=SENTENCES[name])
+        text = describe(rng, "credit", {**platform, "size": size}, {"sentences": SENTENCES[name]})
         title = f"{platform['platform']} {name}, {size}" + rng.choice(["", " [Digital Code]", " - Gift Card"])
         return Item("credit", "Gift Cards", title, text, platform["platform"], brand=platform["maker"])
 
