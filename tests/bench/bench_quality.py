@@ -122,8 +122,7 @@ def usual_recipe(task: Task) -> System:
             train_rqvae.reset_codes(model, x, usage, optimizer)
             usage.zero_()
             quantized = model.quantize(model.encode(x))
-        vq = (quantized.codebook_losses + config.commitment_weight * quantized.commitment_losses).sum()
-        return F.mse_loss(model.decode(quantized.vectors), x) + vq
+        return F.mse_loss(model.decode(quantized.vectors), x) + quantized.loss
 
     fit(optimizer, loss_of, task, config.max_lr)
     return System(lambda x: model.quantize(model.encode(x)).codes, model.decode_from_semantic_ids)
@@ -132,21 +131,24 @@ def usual_recipe(task: Task) -> System:
 def residual_vq(task: Task) -> System:
     config = train_rqvae.RQVAEConfig(item_embedding_dim=task.x.shape[1])
     shell = train_rqvae.RQVAE(config)  # for its MLPs and its standardisation
-    train_rqvae.fit_standardisation(shell, task.x)
+    train_rqvae.fit_standardisation(shell, task.x, torch.arange(len(task.x)))
     quantizer = ResidualVQ(
         dim=config.codebook_embedding_dim, num_quantizers=LEVELS, codebook_size=SIZE,
         kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=2, rotation_trick=task.flags.peer_rotation,
     )  # fmt: skip
 
     def loss_of(x: Tensor) -> Tensor:
+        x = shell.standardise(x)
         quantized, _, commitment = quantizer(shell.encode(x).unsqueeze(0))
-        return F.mse_loss(shell.decoder(quantized.squeeze(0)), shell.standardise(x)) + commitment.sum()
+        return F.mse_loss(shell.decode(quantized.squeeze(0)), x) + commitment.sum()
 
     fit(torch.optim.Adam([*shell.encoder.parameters(), *shell.decoder.parameters()]), loss_of, task, task.flags.peer_lr)
     quantizer.eval()
     return System(
-        encode=lambda x: quantizer(shell.encode(x).unsqueeze(0))[1].squeeze(0),
-        decode=lambda codes: shell.decode(quantizer.get_output_from_indices(codes)),
+        encode=lambda x: quantizer(shell.encode(shell.standardise(x)).unsqueeze(0))[1].squeeze(0),
+        decode=lambda codes: (
+            shell.decode(quantizer.get_output_from_indices(codes)) * shell.input_scale + shell.input_mean
+        ),
     )
 
 
@@ -206,20 +208,25 @@ FORMS = {  # figure: how it is printed
 @torch.inference_mode()
 def figures(x: Tensor, codes: Tensor, decoded: Tensor) -> dict[str, float | None]:
     """Of x (N, D) with these codes (N, L), decoded (N, D): the lowest usage and perplexity of a level."""
-    statistics = train_rqvae.code_statistics(codes, SIZE)
+    codes = codes.numpy()
+    levels = train_rqvae.level_statistics(codes, SIZE)
     queries = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: train_rqvae.RECALL_QUERIES]
     return {
         "unexplained": train_rqvae.reconstruction_quality(x, decoded)[0],
         "recall@10": train_rqvae.neighbour_recall(x, decoded, queries),
-        "distinct": statistics.distinct,
-        "usage": min(statistics.usage),
-        "perplexity": min(statistics.perplexity),
-    } | {f"coherence {level}": train_rqvae.coherence(x, codes.numpy(), level, 0) for level in range(1, LEVELS + 1)}
+        "distinct": train_rqvae.code_statistics(codes)["distinct"],
+        "usage": min(level["usage"] for level in levels),
+        "perplexity": min(level["perplexity"] for level in levels),
+    } | {f"coherence {level}": train_rqvae.coherence(x, codes, level) for level in range(1, LEVELS + 1)}
+
+
+def show(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def compare(path: Path, flags: argparse.Namespace) -> dict[str, list[dict[str, float | None]]]:
     """The figures of every system, seed by seed."""
-    table = pl.read_parquet(path, columns=["parent_asin", "embedding"])
+    table = pl.read_parquet(path, columns=["parent_asin", "embedding"]).sort("parent_asin")  # as EmbeddingDataset does
     embeddings = train_rqvae.EmbeddingDataset(path).embeddings
     found = {name: [] for name in ("ours", "ours, as written", *list(SYSTEMS)[1:])}
     for seed in flags.seeds:
@@ -240,7 +247,7 @@ def compare(path: Path, flags: argparse.Namespace) -> dict[str, list[dict[str, f
                     found[name].append(row)
                     if system.written is not None:
                         found[f"{name}, as written"].append(figures(x, system.written, system.decode(system.written)))
-                shown = ", ".join(f"{figure} {train_rqvae.show(row[figure], form)}" for figure, form in FORMS.items())
+                shown = ", ".join(f"{figure} {show(row[figure], form)}" for figure, form in FORMS.items())
                 print(f"seed {seed}, {name}: {shown}", flush=True)
     return {name: rows for name, rows in found.items() if rows}
 

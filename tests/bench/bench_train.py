@@ -68,10 +68,11 @@ def milliseconds(work: Callable[[], object], steps: int, device: torch.device) -
 def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
     torch.manual_seed(0)
     model = train_rqvae.RQVAE(config).to(x.device)
-    model.mlp_dtype = getattr(torch, config.dtype)
-    train_rqvae.fit_standardisation(model, x)
+    model.training_dtype = getattr(torch, config.dtype)
+    rows = torch.arange(len(x), device=x.device)
+    train_rqvae.fit_standardisation(model, x, rows)
     optimizers = train_rqvae.make_optimizers(model, config.max_lr)
-    train_rqvae.start_quantizing(model, x[:4096], optimizers, config.batch_size, 0)
+    train_rqvae.start_quantizing(model, x, rows[:4096], config.batch_size)
     rows = torch.randperm(len(x), device=x.device)[: config.batch_size]
     return lambda: train_rqvae.train_step(model, optimizers, x, rows, config.input_noise, width)
 
@@ -79,7 +80,7 @@ def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable
 def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
     """What a step cannot do without, in pieces as large as ours, operands and results in memory beforehand."""
     dtype, rows = getattr(torch, config.dtype), config.batch_size
-    pieces = math.ceil(rows / train_rqvae.TRAINED_PER_PASS.get(x.device.type, rows))
+    pieces = math.ceil(rows / train_rqvae.ROWS_PER_PASS[x.device.type])
     rows //= pieces
     sizes = [config.item_embedding_dim, *config.encoder_hidden_dims, config.codebook_embedding_dim]
     size, dim = config.codebook_size, config.codebook_embedding_dim
@@ -106,7 +107,7 @@ def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Cal
 def residual_vq_step(config: train_rqvae.RQVAEConfig, x: Tensor) -> Callable[[], object]:
     torch.manual_seed(0)
     shell = train_rqvae.RQVAE(config).to(x.device)  # for its MLPs and its standardisation
-    train_rqvae.fit_standardisation(shell, x)
+    train_rqvae.fit_standardisation(shell, x, torch.arange(len(x), device=x.device))
     target = shell.standardise(x)
     quantizer = ResidualVQ(
         dim=config.codebook_embedding_dim, num_quantizers=config.codebook_quantization_levels,
@@ -134,7 +135,7 @@ def compare_steps(flags: argparse.Namespace) -> None:
     x = F.normalize(torch.randn(flags.rows, 64) @ torch.randn(64, flags.dim) + torch.randn(flags.rows, flags.dim))
     x = x.to(device)
     widths = {"nearest": 1, "searched": train_rqvae.TRAINING_SEARCH_WIDTH}
-    dtypes = list(dict.fromkeys([train_rqvae.choose_dtype(device, "auto"), "float32"]))
+    dtypes = list(dict.fromkeys([train_rqvae.choose_dtype(device), "float32"]))
     sides = {}
     for dtype, (codes, width) in itertools.product(dtypes, widths.items()):
         config = train_rqvae.RQVAEConfig(item_embedding_dim=flags.dim, batch_size=flags.batch_size, dtype=dtype)
