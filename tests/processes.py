@@ -8,9 +8,11 @@ from pathlib import Path
 from conftest import ROOT
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["polars", "scipy.optimize", "sklearn.cluster", "torch.distributed", "transformers.models.qwen3", "wandb"]
-)
+SERVER.set_forkserver_preload([
+    "polars", "scipy.optimize", "sklearn.cluster", "torch.distributed", "torch.utils.data", "tqdm", "wandb",
+    "transformers.hf_argparser", "transformers.models.qwen3.modeling_qwen3",
+    "transformers.tokenization_utils_tokenizers",
+])  # fmt: skip
 RUN = """
 import os, runpy, sys, torch
 os.chdir({folder!r})
