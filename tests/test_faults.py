@@ -319,7 +319,7 @@ def test_a_hostile_file_runs_nothing(stages, stopped, stage, name, kind, tmp_pat
 # ---------------------------------------------------------------- flags
 
 ODD = {
-    int: ["-1", "0", "1", "2", "3", "65", "1000", *(str(10**power) for power in (11, 12, 13, 19, 30)), "1.5"],
+    int: ["-1", "0", "1", "2", "3", "65", "1000", *(str(10**power) for power in (11, 12, 13)), "1.5"],
     float: ["-1", "0", "1e-300", "0.5", "1", "2", "1e12", "1e13", "1e300", "nan", "inf", "-inf"],
     bool: ["True", "False", "maybe", ""],
     str: ["", "é", "a b", "no/such/folder", "日本", "*", "[a]", "-", "--", "None", "\t"],
