@@ -1022,11 +1022,8 @@ def test_checksum_tells_other_names_and_vectors_apart(x, tmp_path):
         ({"title": [" \n"] * 5, "item_context": ["text"] * 5}, "text"),
         ({"title": [7] * 5}, "B0000"),
         ({"title": [["a", "b"]] * 5}, "B0000"),
-        ({"title": [{"en": "a"}] * 5}, "B0000"),
-        ({"title": [b"\xff"] * 5}, "B0000"),
-        ({}, "B0000"),
     ],
-    ids=["a blank title", "a number", "a list", "a struct", "bytes", "no text at all"],
+    ids=["a blank title", "a number", "a list"],
 )
 def test_labels_are_the_best_text_there_is(x, tmp_path, columns, label):
     write_catalogue(tmp_path / "a.parquet", x[:5], **columns)
@@ -1049,22 +1046,6 @@ def test_a_saved_model_comes_back_bit_for_bit(x, tmp_path, changes):
     assert loaded.metrics == {"val/total_loss": 0.5}
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(loaded.encode_to_semantic_ids(x), model.eval().encode_to_semantic_ids(x))
-
-
-def test_a_damaged_checkpoint_is_refused_in_one_line(model, tmp_path, capsys):
-    path = tmp_path / "a.pth"
-    saved(path, model)
-    whole = path.read_bytes()
-    place = whole.index(model.input_mean.numpy().tobytes())
-    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
-    for content in (flipped, whole[: len(whole) // 2], b"", b"not a checkpoint"):
-        path.write_bytes(content)
-        with pytest.raises(SystemExit) as exit_info:
-            train_rqvae.load_model(path)
-        assert exit_info.value.code == 2
-        line = capsys.readouterr().err
-        assert line.startswith(f"error: {path}: ")
-        assert line.count("\n") == 1
 
 
 def test_a_file_half_written_never_takes_the_place_of_a_whole_one(tmp_path, full_disk, capsys):
