@@ -241,12 +241,13 @@ def trained(watched) -> Path:
     return watched.folder
 
 
-@pytest.fixture(scope="module")
-def trained_ema(tmp_path_factory) -> Path:
-    """The same with codes that move by averages."""
-    folder = new_folder(tmp_path_factory.mktemp("ema") / "run")
-    assert run(folder, use_ema_vq=True) == 0
-    return folder
+@pytest.fixture(scope="module", params=[False, True], ids=["gradient", "ema"])
+def undisturbed(request, tmp_path_factory) -> SimpleNamespace:
+    """Another such folder for each quantizer, and its flags: of so many codes, some are unused at each reset."""
+    flags = {"use_ema_vq": request.param, "codebook_size": 60}
+    folder = new_folder(tmp_path_factory.mktemp("undisturbed") / "run")
+    assert run(folder, **flags) == 0
+    return SimpleNamespace(folder=folder, flags=flags)
 
 
 @pytest.fixture
@@ -309,15 +310,14 @@ def test_best_model_is_the_last_of_the_lowest_validation_loss(folder, recorder):
     assert best["val_loss"] == losses[expected]
 
 
-@pytest.mark.parametrize("quantizer", ["trained", "trained_ema"])
-def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_distinct(request, tmp_path, quantizer):
-    folder = shutil.copytree(request.getfixturevalue(quantizer), tmp_path / "copy")
-    assert run(folder, "--export_only", collisions="keep") == 0
+def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_distinct(undisturbed, tmp_path):
+    folder = shutil.copytree(undisturbed.folder, tmp_path / "copy")
+    assert run(folder, "--export_only", collisions="keep", codebook_size=60) == 0
     model, encoded = train_rqvae.load_model(folder / BEST, "cpu"), codes_of(folder)
     assert not model.training
     assert np.array_equal(model.encode_to_semantic_ids(embeddings_of(folder)), encoded)
     assert len(np.unique(encoded, axis=0)) < N  # there are collisions to resolve
-    assert run(folder, "--export_only", collisions="suffix") == 0
+    assert run(folder, "--export_only", collisions="suffix", codebook_size=60) == 0
     table = ids_of(folder)
     assert table.columns[1:-1] == [f"semantic_id_{level}" for level in range(LEVELS + 1)]
     assert np.array_equal(codes_of(folder), encoded)
@@ -461,14 +461,12 @@ def test_report_goes_to_wandb(watched):
 # ---------------------------------------------------------------- determinism, stop and resume
 
 
-@pytest.mark.parametrize("quantizer", ["trained", "trained_ema"])
 @pytest.mark.parametrize(
     "end", ["interrupted 3", "interrupted 6", "interrupted 13", "killed 4", "killed 18", "killed in export"]
 )
-def test_a_stopped_run_ends_with_the_bytes_of_another(request, tmp_path, monkeypatch, capsys, quantizer, end):
+def test_a_stopped_run_ends_with_the_bytes_of_an_undisturbed_one(undisturbed, folder, monkeypatch, capsys, end):
     """Ctrl-C before k-means, at it, between resets; a kill before a checkpoint, after a new best model, at the end."""
-    whole, stopped = request.getfixturevalue(quantizer), new_folder(tmp_path / "stopped")
-    flags, step = {"use_ema_vq": quantizer == "trained_ema"}, end.split()[-1]
+    flags, step = undisturbed.flags, end.split()[-1]
     with monkeypatch.context() as patch:
         if step == "export":
             patch.setattr(train_rqvae, "export", kill)
@@ -476,16 +474,25 @@ def test_a_stopped_run_ends_with_the_bytes_of_another(request, tmp_path, monkeyp
             before_step(patch, int(step), kill if "killed" in end else interrupt)
         if "killed" in end:
             with pytest.raises(Killed):
-                run(stopped, **flags)
+                run(folder, **flags)
         else:
-            assert run(stopped, **flags) == 130
+            assert run(folder, **flags) == 130
             assert "--resume" in capsys.readouterr().out
-    assert (stopped / FINAL).exists() == (step == "export")
+    assert (folder / FINAL).exists() == (step == "export")
     torch.manual_seed(12345)  # whatever ran in between
-    assert run(stopped, "--resume", **flags) == 0
+    assert run(folder, "--resume", **flags) == 0
     found = {"4": None, "18": "10", "export": None}.get(step, step)  # nothing is left to train after "export"
     assert (f"going on from checkpoints/checkpoint_step_{found}.pth" in capsys.readouterr().out) == bool(found)
-    assert same_files(stopped, whole, BEST, FINAL, IDS, QUALITY)
+    assert same_files(folder, undisturbed.folder, BEST, FINAL, IDS, QUALITY)
+
+
+def test_a_resumed_run_remembers_its_lowest_validation_loss(folder, monkeypatch):
+    monkeypatch.setattr(train_rqvae, "TIE_TOLERANCE", -0.9)  # no later model is as good as the first
+    with monkeypatch.context() as patch:
+        before_step(patch, 13, interrupt)
+        assert run(folder) == 130
+    assert run(folder, "--resume") == 0
+    assert load(folder / BEST)["step"] == 8
 
 
 def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folder, refused):
@@ -766,12 +773,11 @@ CHANGES = [{"use_rotation_trick": True}, {"commitment_weight": 2.0}, {"gradient_
 
 
 @pytest.mark.parametrize("changes", [*CHANGES, {"use_ema_vq": True, "ema_decay": 0.5}], ids=str)
-def test_flags_change_the_codes_that_are_learned(folder, trained, trained_ema, changes):
+def test_flags_change_the_codes_that_are_learned(folder, trained, changes):
     assert run(folder, **changes) == 0
     config = load(folder / FINAL)["config"]
     assert {name: config[name] for name in changes} == changes
-    folders = folder, trained_ema if "use_ema_vq" in changes else trained
-    codebooks = [load(each / FINAL)["model_state_dict"]["quantizers.0.codebook"] for each in folders]
+    codebooks = [load(each / FINAL)["model_state_dict"]["quantizers.0.codebook"] for each in (folder, trained)]
     assert not torch.equal(*codebooks)
 
 
