@@ -221,9 +221,7 @@ def test_where_the_ids_run_out_one_line_says_so(folder, refused_export):
 # ---------------------------------------------------------------- the IDs that change
 
 
-def check_rule(
-    folder: Path, table: pl.DataFrame, before: dict[str, str], after: dict[str, str], stays: bool = True
-) -> int:
+def check_rule(folder: Path, table: pl.DataFrame, before: dict[str, str], after: dict[str, str]) -> int:
     """An item keeps its ID unless a free ID below its encoded prefix decodes more than 5% better; how many moved.
 
     It stays too if its ID is the encoded one, or if another item got the ID that it would have moved to.
@@ -241,7 +239,7 @@ def check_rule(
         offers = errors(model, x[row].expand(len(free), -1), free) if free else np.array([np.inf])
         if moved[row]:
             assert 1.04 * offers.min() < old[row]
-        elif stays and free and id != before[names[row]] and free[offers.argmin()] not in given:
+        elif free and id != before[names[row]] and free[offers.argmin()] not in given:
             assert 1.06 * offers.min() > old[row]
     assert keeping(folder)["moved"] == moved.sum()
     assert retired(folder) == {before[name] for name, has_moved in zip(names, moved, strict=True) if has_moved}
@@ -259,18 +257,13 @@ def test_an_item_moves_only_where_a_free_id_decodes_clearly_better(roomy):
     assert all(after[name] == before[name] for name in table["parent_asin"][60:])
 
 
-UNMOVED = "a free ID is offered to one item that does not want it, and so not to another that does"
-
-
-@pytest.mark.parametrize(
-    "stays", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=UNMOVED))], ids=["moves", "stays"]
-)
-def test_the_same_where_the_best_ids_are_often_taken(folder, stays):
+@pytest.mark.xfail(strict=True, reason="no item moves where more items have another ID than the encoded than are free")
+def test_the_same_where_the_best_ids_are_often_taken(folder):
     before, x = exported(folder), embeddings_of(first_items()).numpy()
     x[:150] = x[:150][::-1].copy()
     table = items(first_items()["parent_asin"].to_list(), x)
     write(folder, table)
-    assert 3 < check_rule(folder, table, before, export(folder), stays) < 100
+    assert 3 < check_rule(folder, table, before, export(folder)) < 100
 
 
 def test_an_item_that_drifts_moves_in_the_end(roomy):
