@@ -128,7 +128,6 @@ def test_fewer_items_than_processes_are_refused(tmp_path, capsys):
     assert "fewer rows than the 4 processes" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="the row is counted from the first row of the process, not of the file")
 def test_a_broken_row_is_named_by_its_place_in_the_file(tmp_path, capsys):
     x = unit_vectors(100, seed=1)
     x[90, 3] = np.nan

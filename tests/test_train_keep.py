@@ -257,7 +257,6 @@ def test_an_item_moves_only_where_a_free_id_decodes_clearly_better(roomy):
     assert all(after[name] == before[name] for name in table["parent_asin"][60:])
 
 
-@pytest.mark.xfail(strict=True, reason="no item moves where more items have another ID than the encoded than are free")
 def test_the_same_where_the_best_ids_are_often_taken(folder):
     before, x = exported(folder), embeddings_of(first_items()).numpy()
     x[:150] = x[:150][::-1].copy()
@@ -355,14 +354,11 @@ def refused_export(capsys):
     return check
 
 
-EMPTY_NAME = pytest.mark.xfail(strict=True, reason="an empty --keep_ids counts as none, and all items get new IDs")
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: not found"),
-        pytest.param({"keep_ids": ""}, "not found", marks=EMPTY_NAME),
+        ({"keep_ids": ""}, "not found"),
         ({"num_rows": 100}, "leave --num_rows out"),
         ({"collisions": "keep"}, "--collisions keep"),
         ({"collisions": "suffix"}, "made with --collisions assign"),
