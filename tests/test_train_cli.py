@@ -557,7 +557,6 @@ def test_a_run_that_is_not_complete_does_all_that_is_missing(copy, trained, call
         assert same_files(copy, trained, BEST, FINAL, IDS, QUALITY)
 
 
-@pytest.mark.xfail(strict=True, reason="the checksum of the data does not know the order of the rows")
 def test_a_reordered_catalogue_is_not_complete(copy):
     table = catalogue().reverse()
     table.write_parquet(copy / SOURCE)
@@ -967,10 +966,7 @@ def test_wrong_tables_are_refused(copy, refused, case):
         assert all(word in line for word in words), line
 
 
-ARRAY = pytest.param(pl.Array(pl.Float32, DIM), marks=pytest.mark.xfail(strict=True, reason=".list is not for arrays"))
-
-
-@pytest.mark.parametrize("kind", [pl.List(pl.Float64), ARRAY], ids=str)
+@pytest.mark.parametrize("kind", [pl.List(pl.Float64), pl.Array(pl.Float32, DIM)], ids=str)
 def test_embeddings_may_be_of_another_kind_of_float_lists(copy, trained, kind):
     catalogue().with_columns(pl.col("embedding").cast(kind)).write_parquet(copy / SOURCE)
     assert run(copy, "--export_only") == 0
@@ -1089,10 +1085,7 @@ def test_a_full_disk_under_a_checkpoint_is_refused(unfinished, refused, full_dis
     assert not list(unfinished.rglob("*.tmp"))
 
 
-REPORT_FIRST = pytest.mark.xfail(strict=True, reason="the new report has replaced that of the old IDs")
-
-
-@pytest.mark.parametrize("size", [300, pytest.param(2500, marks=REPORT_FIRST)])
+@pytest.mark.parametrize("size", [300, 2500])
 def test_a_full_disk_under_the_ids_leaves_ids_and_report(copy, refused, full_disk, size):
     # 2,500 is room for the report, and not for the IDs
     line = full_disk(refused, copy, "--export_only", "--collisions", "suffix", limit=size)
