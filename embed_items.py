@@ -49,7 +49,7 @@ if os.name == "posix":
 
 FORMAT_VERSION = 2  # of the npz
 FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; tokenize_items.py must use the same
-TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # more fills a GPU, fewer fit in a CPU's caches
+TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # many to fill a GPU, few to fit in a CPU's caches
 BATCHES_IN_FLIGHT = 16  # batches queued on a GPU before the host waits for their vectors
 ITEMS_CHECKED = 8  # items embedded alone and in one batch, to compare the two
 GOOD_AGREEMENT = 0.999  # cosine
@@ -59,7 +59,7 @@ ROWS_PER_GROUP = 8192  # rows per row group of the output, which train_rqvae.py 
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
 ROOM = "make room or set the rights there, or choose another --data_dir"
 
-# Set by torchrun. Without it, RANK and WORLD_SIZE of a cluster do not concern this process.
+# Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
 RANK, WORLD, LOCAL_RANK = (
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items()
@@ -123,7 +123,7 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
 
 
 def from_rank_0(value: Any) -> Any:
-    """Collective: the value that rank 0 gives, once all processes are here."""
+    """Collective: every process gets the value that rank 0 gives. Rank 0 does not wait for the others."""
     values = [value]
     if WORLD > 1:
         dist.broadcast_object_list(values)
@@ -325,7 +325,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 def embed(
     model: PreTrainedModel, tokens: Tokens, rows: np.ndarray, config: EmbedConfig, prefix: Cache | None = None
 ) -> Tensor:
-    """Unit vectors of rows (B), truncated first and normalised after: (B, D) float32, on the model's device.
+    """Vectors of rows (B), truncated and then normalised: (B, D) float32, on the model's device.
 
     With a prefix the model is causal: no token sees the padding on its right, so there is no need for a mask.
     """
@@ -452,7 +452,7 @@ class Store:
         return result
 
     def unfinished(self, batches: list[np.ndarray]) -> list[np.ndarray]:
-        """Batches that have to be embedded, each as a whole, so that a run that was stopped gives the same vectors."""
+        """Batches with an unfinished row. They are embedded whole, so that a stopped run gives the same vectors."""
         left = [rows for rows in batches if not is_unit(self.read(rows)).all()]
         if len(left) < len(batches):
             finished = sum(map(len, batches)) - sum(map(len, left))
@@ -493,7 +493,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def reuse(
     model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray
 ) -> np.ndarray:
-    """Copies vectors of the earlier output into the store, where hashes of texts (N) are equal: (N) bool, copied."""
+    """Copies vectors of the earlier output into the store, for texts (N hashes) it has; returns which: (N) bool."""
     path, metadata, kept = config.target, read_metadata(config.target), np.zeros(len(texts), dtype=bool)
     if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
         print(f"no vector of {path} is kept (not found, or made with another {', '.join(other)}): all are embedded")
@@ -550,7 +550,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if WORLD > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # no more than batch lists; vectors go through files
+        dist.init_process_group("gloo", timeout=timedelta(days=1))  # sends lists of batches; vectors go through files
 
     tokens = read_tokens(config.tokens_path, config.num_rows)
     texts = read_catalogue(config, tokens)
@@ -592,7 +592,8 @@ def main(argv: list[str] | None = None) -> None:
         batches = from_rank_0(batches)
         prefix = checked_prefix(model, tokens, config)
         embed_all(model, tokens, config, prefix, store, batches[RANK::WORLD])
-        from_rank_0(None)  # all vectors are finished
+        if WORLD > 1:
+            dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:
             write(config, store, first, metadata | {"model_name": config.model_name})
             shutil.rmtree(store.folder)

@@ -125,7 +125,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     flag, way_out = f"--model_name {name}", "check the name and the network, or give a local folder"
     with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
         tokenizer = AutoTokenizer.from_pretrained(name)
-    # AutoTokenizer makes a tokenizer without words of a config.json alone
+    # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
     if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
         fail(flag, "has no fast tokenizer (tokenizer.json)", "put the file there, or choose another model")
     return tokenizer
@@ -151,7 +151,7 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 
 
 def report(tokens: list[np.ndarray], truncated: int, vocabulary: dict[str, int], max_length: int) -> None:
-    """Prints the lengths of the items, and warns if they lack the token that Qwen3-Embedding reads its vector off."""
+    """Prints the lengths of the items, and warns if they lack the last token that Qwen3-Embedding needs."""
     n, lengths = len(tokens), np.array([len(ids) for ids in tokens])
     median, high = np.percentile(lengths, [50, 95]).round().astype(int)
     print(f"tokens an item: median {median}, 95% {high}, longest {lengths.max()}; {lengths.sum():,} in all")

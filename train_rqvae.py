@@ -17,7 +17,7 @@ Run embed_items.py first. Any parquet file with parent_asin and embedding will d
 
 Paper: Rajput et al., Recommender Systems with Generative Retrieval (TIGER), arXiv:2305.05065, section 3.1.
 The residual quantizer is Lee et al., arXiv:2203.01941.
-Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes a level.
+Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes per level.
 """
 
 import ctypes
@@ -59,12 +59,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-try:
+if os.name == "posix":  # on Windows, two runs are not kept apart
     import fcntl
-except ImportError:  # Windows: two runs are not kept apart there
-    fcntl = None
 
-# torchrun sets these; without it a cluster's RANK or WORLD_SIZE means something else
+# Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
 RANK, WORLD, LOCAL_RANK = (
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -73,13 +71,13 @@ print0 = print if RANK == 0 else lambda *_: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
-ERROR_SCALE = 0.5  # share of the variance; above it an item's error counts less, so that similar items still differ
+ERROR_SCALE = 0.5  # share of the variance; an error above it counts less, so that outliers do not dominate
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
 MAX_AUTOENCODER_STEPS = 1000
 KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
 LAST_RESET = 0.8  # share of the steps; a code revived later would not settle
 SEARCH_FROM = 0.5  # share of the steps; before it the nearest codes are good enough to learn from
-TRAINING_SEARCH_WIDTH = 4  # IDs of an item that are decoded to find the best one, in training and validation
+TRAINING_SEARCH_WIDTH = 4  # candidate IDs decoded per item, in training and validation
 SEARCH_WIDTH = 32  # the same in the export
 TIE_TOLERANCE = 0.03  # validation losses this close are a tie, and the later checkpoint wins it
 ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
@@ -116,7 +114,7 @@ MODEL_FIELDS = {
     "codebook_size",
 }  # fmt: skip
 SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}
-FREE_FIELDS = {  # may differ between a run and the run that resumes it; checkpoints do not hold the switches
+FREE_FIELDS = {  # may change with --resume; checkpoints do not store the switches
     "data_dir", "checkpoint_dir", "device", "num_epochs", "max_steps", "steps_per_train_log", "steps_per_val_log",
     "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
 }  # fmt: skip
@@ -162,18 +160,14 @@ class RQVAEConfig:
     warmup_steps: int = HfArg(default=100, help="Steps of the linear rise of the learning rate.")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(default=0.5, help="Noise on the inputs, in standard deviations; it falls to 0.")
-    input_mixing: float = HfArg(
-        default=0.1, help="Mix inputs in pairs, weights from Beta(a, a) for this a; 0 for none."
-    )
+    input_mixing: float = HfArg(default=0.1, help="Mix inputs in pairs, weights from Beta(a, a); 0 for none.")
 
     use_kmeans_init: bool = HfArg(default=True, help="Start the codes from k-means of an autoencoder's latents.")
-    autoencoder_steps: int | None = HfArg(
-        default=None, help="Autoencoder steps before k-means; by default a fifth, at most 1000."
-    )
+    autoencoder_steps: int | None = HfArg(default=None, help="Steps before k-means; by default a fifth, at most 1000.")
     reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
     steps_per_codebook_reset: int = HfArg(default=50, help="Steps between two looks for unused codes.")
 
-    val_split: float = HfArg(default=0.02, help="Share of the rows held out to choose the best model by.")
+    val_split: float = HfArg(default=0.02, help="Share of the rows held out to choose the best model.")
     steps_per_train_log: int = HfArg(default=50, help="Steps between two logged training losses.")
     steps_per_val_log: int = HfArg(default=250, help="Steps between two validations over the whole catalogue.")
     steps_per_checkpoint: int = HfArg(default=2500, help="Steps between two numbered checkpoints.")
@@ -191,7 +185,6 @@ class RQVAEConfig:
     )
 
     def __post_init__(self):
-        self.data_dir, self.checkpoint_dir = map(os.path.expanduser, (self.data_dir, self.checkpoint_dir))
         for name, least in AT_LEAST.items():
             value, most = getattr(self, name), AT_MOST.get(name, 10**12)
             if value is not None and not least <= value <= most:
@@ -209,7 +202,6 @@ class RQVAEConfig:
         self.final_path = Path(self.checkpoint_dir, "final_model.pth")
         if self.keep_ids is None:
             return
-        self.keep_ids = os.path.expanduser(self.keep_ids)
         if not self.export_only:
             raise ValueError("--keep_ids: needs --export_only, as the codes of a new model mean other things")
         if self.num_rows:
@@ -262,11 +254,7 @@ def check_inputs(config: RQVAEConfig) -> None:
     if config.export_only and not config.best_path.is_file():
         fail(config.best_path, "not found", "train first, or name another --checkpoint_dir")
     if config.keep_ids is not None and not os.path.isfile(config.keep_ids):
-        fail(
-            f"--keep_ids {config.keep_ids}",
-            "not found",
-            "name an earlier export, or leave --keep_ids out to give all items new IDs",
-        )
+        fail(f"--keep_ids {config.keep_ids}", "not found", "name an earlier export, or leave it out for new IDs")
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -346,17 +334,17 @@ def keep_freed_memory() -> None:
 
 def lock(path: Path) -> IO:
     """Hold `path` for this process until the returned file is closed. The empty lock file stays."""
-    try:
+    with fail_on(OSError, path, "cannot be written", "set the rights there, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-        if fcntl:
+    try:
+        if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(path, "another run is writing it", "wait for that one, or choose another folder")
     except OSError as error:
-        fail(path, f"cannot be written ({first_line(error)})", "set the rights there, or choose another folder")
+        if isinstance(error, BlockingIOError):  # other errors: this file system has no locks
+            fail(path, "another run is writing it", "wait for that one, or choose another folder")
     return file
 
 
@@ -386,9 +374,9 @@ class EmbeddingDataset:
     """The embeddings of a catalogue in the order of parent_asin, so that the order of the file does not matter.
 
     embeddings (N, D) float32; parent_asin and labels (N) text, where a label is the title or the start of the text;
-    file_rows (N) the row of each item in the file; checksum of all names and vectors in any order, and one of the
-    names in the order of the file. Under torchrun, each process holds consecutive rows of the file. A file that breaks
-    the contract ends the run with one line.
+    file_rows (N) the row of each item in the file. checksum covers all names and vectors, in any order of rows;
+    names_checksum covers the names in the order of the file. Under torchrun, each process holds consecutive rows of
+    the file. A file that breaks the contract ends the run with one line.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
@@ -506,16 +494,12 @@ class VectorQuantizer(nn.Module):
         x = x.float()
         codes = nearest_codes(x.detach(), self.codebook.detach()) if codes is None else codes
         vectors = F.embedding(codes, self.codebook)  # (B, E); indexing would sum its gradient in no fixed order
-        return QuantizerOutput(
-            codes=codes,
-            vectors=vectors.detach(),
-            codebook_loss=F.mse_loss(vectors, x.detach()),
-            commitment_loss=F.mse_loss(x, vectors.detach()),
-        )
+        codebook_loss, commitment_loss = F.mse_loss(vectors, x.detach()), F.mse_loss(x, vectors.detach())
+        return QuantizerOutput(codes, vectors.detach(), codebook_loss, commitment_loss)
 
     @torch.no_grad()
     def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
-        """Move codes: which (M) indices, vectors (M, E), items (M) that each code has in a step."""
+        """Move codes: which (M) indices, vectors (M, E), items (M) that each code gets per step."""
         self.codebook[which] = vectors
 
     def end_step(self) -> None:
@@ -654,10 +638,10 @@ class RQVAE(nn.Module):
         return (x - self.input_mean) / self.input_scale
 
     def quantize(self, latents: Tensor, codes: Tensor | None = None) -> Quantized:
-        """The residual walk: each level quantizes what the levels above left of latents (B, E).
+        """The residual walk of latents (B, E): each level quantizes the residual of the level above it.
 
-        By the nearest codes or by the given ones (B, L). The gradient passes the sum of the codes once; level by
-        level, the encoder would get it L times.
+        Uses the nearest codes, or the given ones (B, L). The estimator acts once, on the sum of the codes; at each
+        level, it would give the encoder L times the gradient.
         """
         residuals, outputs = latents, []
         for level, quantizer in enumerate(self.quantizers):
@@ -815,12 +799,8 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> None
 def code_statistics(codes: np.ndarray) -> dict[str, float]:
     """Of IDs (N, L): distinct IDs / items, items alone with their ID / items, items of the most common ID."""
     sizes = np.bincount(prefix_keys(codes, codes.shape[1]))  # items an ID
-    alone = (sizes == 1).sum()
-    return {
-        "distinct": len(sizes) / len(codes),
-        "singleton": float(alone / len(codes)),
-        "largest_collision": int(sizes.max()),
-    }
+    distinct, singleton = len(sizes) / len(codes), float((sizes == 1).sum() / len(codes))
+    return {"distinct": distinct, "singleton": singleton, "largest_collision": int(sizes.max())}
 
 
 def level_statistics(codes: np.ndarray, codebook_size: int) -> list[dict]:
@@ -838,9 +818,7 @@ def level_statistics(codes: np.ndarray, codebook_size: int) -> list[dict]:
 
 
 @torch.inference_mode()
-def encode_catalogue(
-    model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH
-) -> tuple[Tensor, Tensor, Tensor]:
+def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH) -> tuple[Tensor, ...]:
     """Latents (N, E), codes (N, L) and norms (N) of the last residual, of embeddings (N, D) as stored."""
     device, parts = model.input_mean.device, []
     for x in embeddings.split(chunk_rows(device, search_width)):
@@ -882,13 +860,12 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
 
 
 def progress_line(step: int, metrics: dict[str, float]) -> str:
-    """The most telling metrics of a validation; W&B has all of them."""
+    """The main metrics of a validation; W&B has all of them."""
     usage = "/".join(f"{value:.0%}" for name, value in metrics.items() if name.startswith("catalogue/usage"))
     return (
         f"step {step}: train loss {metrics['train/total_loss']:.4g}, val loss {metrics['val/total_loss']:.4g} = "
         f"{metrics['val/reconstruction_loss']:.4g} + {metrics['val/vq_loss']:.4g}, codes used {usage}, "
-        f"distinct {metrics['catalogue/distinct']:.1%}, residual norm {metrics['catalogue/residual_norm']:.3g}, "
-        f"gradient norm {metrics['train/gradient_norm']:.3g}"
+        f"distinct {metrics['catalogue/distinct']:.1%}"
     )
 
 
@@ -928,7 +905,7 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def mismatch(checkpoint: dict, config: RQVAEConfig, data: int) -> str | None:
-    """The flag or the data by which a checkpoint is not of this run; None if it is."""
+    """Why a checkpoint belongs to another run; None if it belongs to this one."""
     trained = asdict(RQVAEConfig()) | checkpoint["config"]  # a flag that came later had its default
     for name, value in asdict(config).items():
         if name not in FREE_FIELDS and trained[name] != value:
@@ -957,9 +934,7 @@ def find_resumed(config: RQVAEConfig, data: int, total_steps: int) -> dict | Non
         if step > total_steps:
             fail(path, f"trained for more than {total_steps} steps", "raise --max_steps, or train without --resume")
         if checkpoint["processes"] != WORLD:
-            warn(
-                f"{checkpoint['processes']} processes wrote {path}, not {WORLD}: the batches are other ones from now on"
-            )
+            warn(f"{path} was written by {checkpoint['processes']} processes, not {WORLD}: batches will differ")
         print0(f"going on from {path}")
         return checkpoint
     print0(f"no sound checkpoint in {folder}: starting from the beginning")
@@ -1029,7 +1004,7 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
 
 
 def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
-    """Adam, and Muon for the matrices between hidden layers, where it learns more in as many steps.
+    """Adam, and Muon for the matrices between hidden layers, where it learns more per step.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes an update orthogonal; scaled as in
     arXiv:2502.16982, section 2.2, one learning rate suits both.
@@ -1111,13 +1086,12 @@ def train_step(
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that gets Ctrl-C and SIGTERM, for the loop to end after its step; a second Ctrl-C ends it at once."""
+    """Collect Ctrl-C and SIGTERM, so that the loop can finish its step; a second Ctrl-C stops at once."""
     requests: list[int] = []
 
     def on_signal(number: int, frame) -> None:
-        if requests and number == signal.SIGINT:
-            raise KeyboardInterrupt
         requests.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1184,15 +1158,9 @@ class TrainingState:
     def log(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
         if self.run:
-            speed = (
-                (self.step - self.logged_step)
-                * self.plan.rows_per_step
-                * WORLD
-                / (time.perf_counter() - self.logged_time)
-            )
-            self.run.log(
-                metrics | ({"train/items_per_second": speed} if self.step > self.logged_step else {}), step=self.step
-            )
+            items = (self.step - self.logged_step) * self.plan.rows_per_step * WORLD
+            seconds = time.perf_counter() - self.logged_time
+            self.run.log(metrics | ({"train/items_per_second": items / seconds} if items else {}), step=self.step)
         self.logged_step, self.logged_time = self.step, time.perf_counter()
 
     def log_step(self, result: StepResult, rate: float) -> None:
@@ -1234,9 +1202,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resume
     parameters = sum(weight.numel() for weight in model.parameters())
     print0(f"{parameters / 1e6:.2f} million parameters, MLPs trained in {config.dtype}")
     print0(f"{len(plan.val_rows) * WORLD:,} items held out, {plan.rows_per_step * WORLD:,} items a step")
-    print0(
-        f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantization"
-    )
+    print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
     model.train()
     stopping = False
     bar = tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0)
@@ -1318,9 +1284,7 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
     return codes
 
 
-def crowded_groups(
-    codes: np.ndarray, occupied: np.ndarray, level: int, size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, size: int) -> Iterator[tuple]:
     """Items with equal first `level` codes, if some next code has more of them than free IDs below it.
 
     codes (N, L), occupied (T, L) IDs that are given -> rows (n), and the free IDs below each next code (K).
@@ -1337,11 +1301,7 @@ def crowded_groups(
 
 
 def assign_distinct(
-    latents: np.ndarray,
-    codes: np.ndarray,
-    codebooks: np.ndarray,
-    last_costs: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    occupied: np.ndarray,
+    latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray, last_costs: Callable, occupied: np.ndarray
 ) -> np.ndarray:
     """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> IDs (N, L).
 
@@ -1540,8 +1500,7 @@ def reconstruction_quality(x: Tensor, decoded: Tensor) -> tuple[float | None, fl
 def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float | None:
     """Share of the NEIGHBOURS nearest reconstructions, by cosine, that belong to true neighbours.
 
-    An item as near as the last true neighbour is one too, so that equal items count alike. x, decoded (N, D),
-    queries (Q) rows of x; None for one item.
+    A tie with the last true neighbour is a hit. x, decoded (N, D), queries (Q) rows of x; None for one item.
     """
     neighbours = min(NEIGHBOURS, len(x) - 1)
     if neighbours == 0:
@@ -1629,7 +1588,7 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
             if codes.shape[1] > 2:
                 lines.append((f"  {codes[branch[0], 0]}-{codes[branch[0], 1]}-", count(branch)))
             for row in branch[:EXAMPLE_ITEMS].tolist():
-                label = "".join(letter for letter in " ".join(labels[row].split()) if letter.isprintable())
+                label = "".join(letter for letter in " ".join((labels[row] or "").split()) if letter.isprintable())
                 lines.append((f"    {ids[row]}", label))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines)
@@ -1644,10 +1603,9 @@ def print_report(quality: dict, tree: str) -> None:
         bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
         rows.append({"level": i} | {name: value for name, value in level.items() if value is not counts} | bars)
     print_table(rows)
-    print("unexplained variance and cosine: of the reconstruction from the codes down to that level; coherence: mean")
-    print(
-        f"cosine of two items that share these codes ({quality['coherence_of_any_two'] or 1:.3f} for any two items)\n"
-    )
+    print("unexplained variance and cosine: of the reconstruction from the codes down to that level")
+    any_two = quality["coherence_of_any_two"] or 1
+    print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
     print_table([{"IDs": name} | quality[key] for key, name in names.items()])
     sample = f"; figures that need vectors are of a sample of {sampled:,}" if sampled < items else ""
@@ -1673,7 +1631,7 @@ def print_keeping(quality: dict) -> None:
 
 
 def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]:
-    """The model, the embeddings and the order of rows that IDs follow from, for the metadata of their file."""
+    """Hashes of the model, the embeddings and the order of rows, for the metadata of the IDs."""
     model = hashlib.sha256(config.best_path.read_bytes()).hexdigest()
     data = {"embeddings": str(dataset.checksum), "names": str(dataset.names_checksum)}
     return {"model": model, "collisions": config.collisions} | data
@@ -1682,16 +1640,13 @@ def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
     """Encode the whole catalogue, make the IDs distinct, write them, and report their quality."""
     metadata, x = provenance(config, dataset), dataset.embeddings
-    previous = None
-    if config.keep_ids is not None:
-        previous = read_previous(config, model.config, dataset.parent_asin, metadata)
+    previous = config.keep_ids and read_previous(config, model.config, dataset.parent_asin, metadata)
     latents, codes, norms = encode_catalogue(model, x)
     latents, codes = latents.cpu().numpy(), codes.cpu().numpy()
     if previous:
         ids, retired = keep_or_assign(model, x, latents, codes, config, previous)
     else:
-        width = codes.shape[1] + (config.collisions == "suffix")
-        retired = np.empty((0, width), dtype=np.int64)
+        retired = np.empty((0, codes.shape[1] + (config.collisions == "suffix")), dtype=np.int64)
         ids = make_distinct(model, x, latents, codes, config.collisions, retired)
 
     columns = [pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(ids.T)]
@@ -1785,8 +1740,8 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
-    """True if the IDs on disk are those of best_model.pth for these embeddings, perhaps kept ones of --keep_ids."""
-    with suppress(pl.exceptions.PolarsError, OSError):
+    """True if the IDs on disk are those of best_model.pth for these embeddings, with or without --keep_ids."""
+    with suppress(*UNREADABLE):
         metadata = pl.read_parquet_metadata(config.ids_path)
         return provenance(config, dataset).items() <= metadata.items() and config.quality_path.exists()
     return False

@@ -226,8 +226,8 @@ def show(value: float | None, form: str) -> str:
 
 def compare(path: Path, flags: argparse.Namespace) -> dict[str, list[dict[str, float | None]]]:
     """The figures of every system, seed by seed."""
-    table = pl.read_parquet(path, columns=["parent_asin", "embedding"]).sort("parent_asin")  # as EmbeddingDataset does
-    embeddings = train_rqvae.EmbeddingDataset(path).embeddings
+    table, dataset = pl.read_parquet(path, columns=["parent_asin", "embedding"]), train_rqvae.EmbeddingDataset(path)
+    embeddings = dataset.embeddings[np.argsort(dataset.file_rows)]  # in the order of the file
     found = {name: [] for name in ("ours", "ours, as written", *list(SYSTEMS)[1:])}
     for seed in flags.seeds:
         order = np.random.default_rng(seed).permutation(len(table))
