@@ -166,6 +166,8 @@ def keep_freed_memory() -> None:
 def lock(path: Path) -> IO:
     """Keeps other runs from writing `path` until the returned file is closed. The empty file stays."""
     with fail_on(OSError, path, "cannot be written", ROOM):
+        if path.is_dir():
+            raise IsADirectoryError("a folder has that name")
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
     try:
         if os.name == "posix":
@@ -238,7 +240,11 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
         for rows, mask in zip(read_rows(npz.zip, "input_ids"), read_rows(npz.zip, "attention_mask"), strict=True):
             ids += rows[mask > 0].tobytes()
             lengths.append((mask > 0).sum(axis=1))
+            if rows.dtype != np.int32:
+                raise ValueError(f"input_ids are {rows.dtype}, not int32")
         lengths = np.concatenate(lengths)
+        if len(lengths) != npz["n_items"]:
+            raise ValueError(f"{len(lengths)} rows, but n_items is {npz['n_items']}")
         if not lengths.all():
             raise ValueError(f"{(lengths == 0).sum()} items have no token, the first in row {lengths.argmin()}")
     starts = lengths.cumsum() - lengths
@@ -272,6 +278,7 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> np.ndarray:
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     way_out = "check the name and the network, or give a local folder"
+    torch.manual_seed(0)  # a pooler that the files lack is made at random, and the digest of the weights covers it
     with fail_on(Exception, f"--model_name {name}", "no model can be loaded from there", way_out):
         return AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
 
@@ -574,14 +581,23 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": config.dtype,
             "target_dim": str(config.target_dim),
         }
-        metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
-        if not config.overwrite and metadata.items() <= read_metadata(config.target).items():
-            print0(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
-            return
+        metadata, earlier = (
+            recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)},
+            read_metadata(config.target),
+        )
+        store = Store(config.target.with_name(f".{config.target.name}.partial"), n, config.target_dim)
+        with open(config.catalogue_path, "rb") as file:
+            catalogue = {"catalogue": hashlib.file_digest(file, "sha256").hexdigest()}
+        if not config.overwrite and metadata.items() <= earlier.items():
+            if catalogue.items() <= earlier.items():
+                shutil.rmtree(store.folder, ignore_errors=True)  # left by a kill at the very end
+                print0(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
+                return
+            config.reuse = True  # only other columns have changed
 
         _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         first = first[inverse]  # (N) the first row with the same text, the only one embedded
-        store, batches = Store(config.target.with_name(f".{config.target.name}.partial"), n, config.target_dim), None
+        batches = None
         if RANK == 0:
             store.open(metadata)
             is_wanted = first == np.arange(n)
@@ -595,7 +611,7 @@ def main(argv: list[str] | None = None) -> None:
         if WORLD > 1:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:
-            write(config, store, first, metadata | {"model_name": config.model_name})
+            write(config, store, first, metadata | catalogue | {"model_name": config.model_name})
             shutil.rmtree(store.folder)
 
 

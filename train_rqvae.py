@@ -396,10 +396,12 @@ class EmbeddingDataset:
             n = len(names)
             if n < world:
                 fail(path, "no rows" if n == 0 else f"fewer rows than the {world} processes", "add items")
-            repeated = names.is_null() | ~names.is_first_distinct()
-            if repeated.any():
-                row = repeated.arg_max()
-                trouble = f"{repeated.sum()} null or duplicate parent_asin, the first is {names[row]!r} in row {row}"
+            wrong = names.is_null() | (names.str.strip_chars() == "") | ~names.is_first_distinct()
+            if wrong.any():
+                row = wrong.arg_max()
+                trouble = (
+                    f"{wrong.sum()} null, blank or duplicate parent_asin, the first is {names[row]!r} in row {row}"
+                )
                 fail(path, trouble, "keep one row of each item and run the three scripts again")
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
@@ -408,7 +410,9 @@ class EmbeddingDataset:
             table = rows.select("parent_asin", label.alias("label")).with_row_index("row").collect().sort("parent_asin")
             order = table["row"].to_numpy().astype(np.int64)
             lists = pl.col("embedding").cast(pl.List(pl.Float32))
-            dim = file.select(lists.head(1).list.len()).collect().item() or 1
+            dim = file.select(lists.head(1).list.len()).collect().item()
+            if not dim:
+                fail(path, "the embedding in row 0 is null or empty", again)
             vectors = self._read_vectors(path, rows.select(lists), order, dim, first)
         self.parent_asin, self.labels, self.file_rows = table["parent_asin"], table["label"], first + order
         crcs = (zlib.crc32(x, zlib.crc32(name.encode())) for name, x in zip(self.parent_asin, vectors, strict=True))
@@ -419,17 +423,20 @@ class EmbeddingDataset:
     def _read_vectors(self, path: Path, lists: pl.LazyFrame, order: np.ndarray, dim: int, first: int) -> np.ndarray:
         """A column of lists, from row `first` of the file, with its rows in `order` (n): (n, D)."""
         vectors, place = np.empty((len(order), dim), dtype=np.float32), np.argsort(order)  # (n) where each row goes
+        wrong = {f"null, empty or not of {dim} dimensions": [], "NaN or infinite": []}
         for start in range(0, len(order), ROWS_READ):
             column = lists.slice(start, ROWS_READ).collect().to_series()
-            odd = (column.list.len().fill_null(0) != dim).to_numpy()
-            trouble = f"are null, empty or not of {dim} dimensions"
-            if not odd.any():
-                part = column.list.to_array(dim).to_numpy()
-                odd, trouble = ~np.isfinite(part).all(axis=1), "are NaN or infinite"
-            if odd.any():
-                row = first + start + int(odd.argmax())
-                fail(path, f"{odd.sum()} embeddings {trouble}, the first in row {row}", "run embed_items.py again")
-            vectors[place[start : start + ROWS_READ]] = part
+            ragged = (column.list.len().fill_null(0) != dim).to_numpy()
+            part = column.filter(~ragged).list.to_array(dim).to_numpy()
+            rows = start + np.flatnonzero(~ragged)
+            vectors[place[rows]] = part
+            broken = rows[~np.isfinite(part).all(axis=1)]
+            for found, new in zip(wrong.values(), (start + np.flatnonzero(ragged), broken), strict=True):
+                found += new.tolist()
+        for trouble, found in wrong.items():
+            if found:
+                line = f"{len(found)} embeddings are {trouble}, the first in row {first + found[0]}"
+                fail(path, line, "run embed_items.py again")
         return vectors
 
     def __len__(self) -> int:
@@ -879,10 +886,10 @@ def read_checkpoint(path: Path) -> dict:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := {"model_state_dict", "config", "step", "metrics", "data"} - set(checkpoint):
+            raise ValueError(f"it has no {min(missing)}")
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
-    if missing := {"model_state_dict", "config", "step", "metrics", "data"} - set(checkpoint):
-        raise ValueError(f"it has no {min(missing)}")
     return checkpoint
 
 
@@ -894,7 +901,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
         config = {name: value for name, value in checkpoint["config"].items() if name in known}
         model = RQVAE(RQVAEConfig(**config))
         model.load_state_dict(checkpoint["model_state_dict"])
-    model.metrics = checkpoint["metrics"]
+    model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
     return model.to(device).eval()
 
 
@@ -1798,6 +1805,11 @@ def main(argv: list[str] | None = None) -> int:
                 return 130
         if RANK == 0:
             model = load_model(config.best_path)
+            if (best := model.metrics["step"]) < plan.total_steps / 2:
+                trouble = (
+                    f"the best model is of step {best:,} of {plan.total_steps:,}: later ones fit held-out items worse"
+                )
+                warn(f"{trouble}; README has flags by the size of the catalogue")
 
     # IDs
     if RANK == 0:

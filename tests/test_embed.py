@@ -844,6 +844,26 @@ def test_a_complete_output_is_not_made_again_unless_asked(qwen3_dir, embedded, c
         assert embedded, more
 
 
+def test_other_columns_are_written_anew_without_embedding_again(qwen3_dir, embedded):
+    main(flags(qwen3_dir))
+    vectors = read_vectors(qwen3_dir)
+    embedded.clear()
+    path = qwen3_dir / "Tiny_items_updated.parquet"
+    pl.read_parquet(path).with_columns(price=pl.lit(9)).write_parquet(path)
+    main(flags(qwen3_dir))
+    assert not embedded
+    assert pl.read_parquet(qwen3_dir / OUTPUT)["price"].to_list() == [9] * 60
+    assert (read_vectors(qwen3_dir) == vectors).all()
+
+
+def test_vectors_left_by_a_kill_at_the_very_end_are_removed(qwen3_dir):
+    main(flags(qwen3_dir))
+    folder = qwen3_dir / f".{OUTPUT}.partial"
+    folder.mkdir()
+    main(flags(qwen3_dir))
+    assert not folder.exists()
+
+
 def test_a_second_run_into_the_same_place_leaves(stopped, refused, reference):
     with embed_items.lock(stopped / OUTPUT):
         assert "another run is writing it" in refused(main, flags(stopped), stopped)

@@ -310,6 +310,13 @@ def test_best_model_is_the_last_of_the_lowest_validation_loss(folder, recorder):
     assert best["val_loss"] == losses[expected]
 
 
+def test_a_best_model_far_from_the_end_is_told(folder, monkeypatch, capsys):
+    losses, validate = iter((1.0, 2.0, 3.0)), train_rqvae.validate
+    monkeypatch.setattr(train_rqvae, "validate", lambda *data: validate(*data) | {"val/total_loss": next(losses)})
+    run(folder)
+    assert "warning: the best model is of step 8 of 24" in capsys.readouterr().err
+
+
 def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_distinct(undisturbed, tmp_path):
     folder = shutil.copytree(undisturbed.folder, tmp_path / "copy")
     assert run(folder, "--export_only", collisions="keep", codebook_size=60) == 0
@@ -944,13 +951,14 @@ WRONG_TABLES = {
     ),
     "ragged": (lambda t: with_rows(t, r4=[1.0], r9=[1.0] * 30), ["2 embeddings are null, empty or", "row 4"]),
     "null row": (lambda t: with_rows(t, r6=None), ["1 embeddings are null, empty or", "row 6"]),
-    "first row null": (lambda t: with_rows(t, r0=None), ["embeddings are null, empty or", "row 0"]),
-    "empty vectors": (lambda t: with_rows(t, **{f"r{row}": [] for row in range(N)}), ["300 embeddings", "row 0"]),
+    "first row null": (lambda t: with_rows(t, r0=None), ["the embedding in row 0 is null or empty"]),
+    "empty vectors": (lambda t: with_rows(t, **{f"r{row}": [] for row in range(N)}), ["the embedding in row 0 is null or empty"]),
     "text as embedding": (lambda t: t.with_columns(embedding=pl.lit("text")), ["embedding is String"]),
     "duplicates": (
         lambda t: t.with_columns(pl.Series("parent_asin", [*NAMES[:297], *NAMES[5:8]])),
-        ["3 null or duplicate parent_asin", NAMES[5], "row 297"],
+        ["3 null, blank or duplicate parent_asin", NAMES[5], "row 297"],
     ),
+    "later rows null": (lambda t: with_rows(t, r7=None, r9=None), ["2 embeddings are null, empty or", "row 7"]),
     "null parent_asin": (lambda t: t.with_columns(pl.Series("parent_asin", [None, *NAMES[1:]])), ["parent_asin"]),
 }  # fmt: skip
 

@@ -1037,7 +1037,7 @@ def test_a_saved_model_comes_back_bit_for_bit(x, tmp_path, changes):
     loaded = train_rqvae.load_model(tmp_path / "a.pth")
     assert not loaded.training
     assert loaded.config == model.config
-    assert loaded.metrics == {"val/total_loss": 0.5}
+    assert loaded.metrics == {"val/total_loss": 0.5, "step": 0}
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(loaded.encode_to_semantic_ids(x), model.eval().encode_to_semantic_ids(x))
 
