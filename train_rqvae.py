@@ -827,13 +827,18 @@ def level_statistics(codes: np.ndarray, codebook_size: int) -> list[dict]:
 @torch.inference_mode()
 def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH) -> tuple[Tensor, ...]:
     """Latents (N, E), codes (N, L) and norms (N) of the last residual, of embeddings (N, D) as stored."""
-    device, parts = model.input_mean.device, []
-    for x in embeddings.split(chunk_rows(device, search_width)):
-        x = model.standardise(x.to(device))
-        latents = model.encode(x)
-        codes = model.search(latents, x, search_width)
-        parts.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    n, device, config = len(embeddings), model.input_mean.device, model.config
+    # allocated at once: small tensors that stay between large ones that go would break up the memory
+    latents = torch.empty(n, config.codebook_embedding_dim, device=device)
+    codes = torch.empty(n, config.codebook_quantization_levels, dtype=torch.int64, device=device)
+    norms = torch.empty(n, device=device)
+    size = chunk_rows(device, search_width)
+    for part in (slice(start, start + size) for start in range(0, n, size)):
+        x = model.standardise(embeddings[part].to(device))
+        latents[part] = model.encode(x)
+        codes[part] = model.search(latents[part], x, search_width)
+        norms[part] = (latents[part] - model.decode_levels(codes[part])).norm(dim=1)
+    return latents, codes, norms
 
 
 def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
@@ -1497,10 +1502,11 @@ def keeping_quality(model: RQVAE, x: Tensor, codes: np.ndarray, ids: np.ndarray,
 @torch.inference_mode()
 def reconstruction_quality(x: Tensor, decoded: Tensor) -> tuple[float | None, float]:
     """Unexplained variance, sum |x - x^|^2 / sum |x - mean|^2 (None for equal items), and mean cosine: (N, D) both."""
-    spread = (x - x.mean(0)).square().sum()
-    constant = spread <= ROUNDING * x.square().sum()
-    unexplained = None if constant else ((x - decoded).square().sum() / spread).item()
-    return unexplained, F.cosine_similarity(x, decoded).mean().item()
+    spread = x.var(0, correction=0).sum() * len(x)
+    constant = spread <= ROUNDING * x.norm().square()
+    unexplained = None if constant else (F.mse_loss(decoded, x, reduction="sum") / spread).item()
+    products = torch.einsum("nd,nd->n", x, decoded)
+    return unexplained, (products / (x.norm(dim=1) * decoded.norm(dim=1)).clamp_min(1e-12)).mean().item()
 
 
 @torch.inference_mode()
@@ -1512,10 +1518,12 @@ def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float | Non
     neighbours = min(NEIGHBOURS, len(x) - 1)
     if neighbours == 0:
         return None
-    x, decoded, hits = F.normalize(x), F.normalize(decoded), []
+    lengths, decoded_lengths = (catalogue.norm(dim=1).clamp_min(1e-12) for catalogue in (x, decoded))  # (N)
+    hits = []
     for rows in queries.split(128):
         own = torch.arange(len(rows), device=x.device), rows
-        true, found = x[rows] @ x.T, x[rows] @ decoded.T  # (q, N)
+        unit = F.normalize(x[rows])  # (q, D)
+        true, found = unit @ x.T / lengths, unit @ decoded.T / decoded_lengths  # (q, N)
         true[own], found[own] = -math.inf, -math.inf
         least = true.topk(neighbours).values[:, -1:]  # (q, 1)
         hits.append(true.gather(1, found.topk(neighbours).indices) >= least - 1e-6)
@@ -1531,10 +1539,12 @@ def coherence(x: Tensor, codes: np.ndarray, level: int) -> float | None:
     """
     keys = torch.from_numpy(prefix_keys(codes, level)).to(x.device)
     sizes = keys.bincount()  # (groups)
-    sums = torch.zeros(len(sizes), x.shape[1], device=x.device).index_add_(0, keys, F.normalize(x))
-    sums, sizes = sums[sizes > 1], sizes[sizes > 1]
-    cosines = (sums.square().sum(1) - sizes) / (sizes - 1)  # (groups) size times the mean over pairs
-    return (cosines.sum() / sizes.sum()).item() if len(sizes) else None
+    sums = torch.zeros(len(sizes), x.shape[1], device=x.device)
+    for part, part_keys in zip(x.split(ROWS_READ), keys.split(ROWS_READ), strict=True):
+        sums.index_add_(0, part_keys, F.normalize(part))
+    shared = sizes > 1
+    cosines = (sums.norm(dim=1).square() - sizes) / (sizes - 1)  # (groups) size times the mean over pairs
+    return (cosines[shared].sum() / sizes[shared].sum()).item() if shared.any() else None
 
 
 def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, written: np.ndarray) -> dict:
@@ -1546,7 +1556,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
     generator = torch.Generator().manual_seed(model.config.seed)
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
     queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
-    x = embeddings[rows].to(device)  # (M, D)
+    x = (embeddings if n == len(rows) else embeddings[rows]).to(device)  # (M, D)
 
     def decode(codes: np.ndarray) -> tuple[Tensor, dict[str, float | None]]:
         decoded = model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
