@@ -257,10 +257,9 @@ def ranks_of(job: subprocess.Popen) -> dict[int, int]:
 def test_a_job_of_which_a_process_is_killed_ends_at_once_and_resumes_to_the_same_bytes(two_ranks, tmp_path):
     folder = new_folder(tmp_path / "folder")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w") as log:
         command = [*launcher, str(ROOT / "train_rqvae.py"), *arguments()]
-        job = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+        job = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     wait_for(folder / "checkpoints" / "checkpoint_step_100.pth", lambda: job.poll() is None)
     ranks, killed_at = ranks_of(job), time.monotonic()
     os.kill(ranks[1], signal.SIGKILL)
