@@ -1703,7 +1703,7 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
             warn(f"W&B is out of reach ({first_line(error)}): this run is logged offline")
             mode, run = "offline", wandb.init(mode="offline", **options)
     sync = f"; to upload this run later: wandb sync {run.settings.sync_dir}" if mode == "offline" else ""
-    print(f"W&B: {mode} {run.url or ''}{sync}")
+    print("W&B:", " ".join(filter(None, (mode, run.url))) + sync)
     return run
 
 
