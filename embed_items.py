@@ -581,10 +581,8 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": config.dtype,
             "target_dim": str(config.target_dim),
         }
-        metadata, earlier = (
-            recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)},
-            read_metadata(config.target),
-        )
+        metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
+        earlier = read_metadata(config.target)
         store = Store(config.target.with_name(f".{config.target.name}.partial"), n, config.target_dim)
         with open(config.catalogue_path, "rb") as file:
             catalogue = {"catalogue": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -399,9 +399,7 @@ class EmbeddingDataset:
             wrong = names.is_null() | (names.str.strip_chars() == "") | ~names.is_first_distinct()
             if wrong.any():
                 row = wrong.arg_max()
-                trouble = (
-                    f"{wrong.sum()} null, blank or duplicate parent_asin, the first is {names[row]!r} in row {row}"
-                )
+                trouble = f"{wrong.sum()} null, blank or duplicate parent_asin, the first {names[row]!r} in row {row}"
                 fail(path, trouble, "keep one row of each item and run the three scripts again")
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
@@ -1816,9 +1814,7 @@ def main(argv: list[str] | None = None) -> int:
         if RANK == 0:
             model = load_model(config.best_path)
             if (best := model.metrics["step"]) < plan.total_steps / 2:
-                trouble = (
-                    f"the best model is of step {best:,} of {plan.total_steps:,}: later ones fit held-out items worse"
-                )
+                trouble = f"the best model is of step {best:,} of {plan.total_steps:,}, the later ones overfit"
                 warn(f"{trouble}; README has flags by the size of the catalogue")
 
     # IDs
