@@ -86,7 +86,7 @@ ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # training
 DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions outside training
 
-ROWS_READ = 2**14  # rows of the parquet file at once
+ROWS_READ = 2**13  # rows of the parquet file at once
 
 # keeping IDs and report
 KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many times smaller
@@ -425,7 +425,7 @@ class EmbeddingDataset:
         for start in range(0, len(order), ROWS_READ):
             column = lists.slice(start, ROWS_READ).collect().to_series()
             ragged = (column.list.len().fill_null(0) != dim).to_numpy()
-            part = column.filter(~ragged).list.to_array(dim).to_numpy()
+            part = (column.filter(~ragged) if ragged.any() else column).list.to_array(dim).to_numpy()
             rows = start + np.flatnonzero(~ragged)
             vectors[place[rows]] = part
             broken = rows[~np.isfinite(part).all(axis=1)]
