@@ -71,7 +71,7 @@ print0 = print if RANK == 0 else lambda *_: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
-ERROR_SCALE = 0.5  # share of the variance; an error above it counts less, so that outliers do not dominate
+ERROR_SCALE = 0.5  # share of the variance; above it an error counts less, and items that differ little count more
 ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
 MAX_AUTOENCODER_STEPS = 1000
 KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
@@ -899,7 +899,7 @@ def read_checkpoint(path: Path) -> dict:
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     """The RQVAE of any checkpoint, in evaluation mode on `device`; a missing or damaged file ends the run."""
     known, way_out = {field.name for field in fields(RQVAEConfig)}, "train again, or name another --checkpoint_dir"
-    with fail_on((ValueError, RuntimeError), path, "missing, damaged or not a checkpoint", way_out):
+    with fail_on(Exception, path, "missing, damaged or not a checkpoint", way_out):
         checkpoint = read_checkpoint(Path(path))
         config = {name: value for name, value in checkpoint["config"].items() if name in known}
         model = RQVAE(RQVAEConfig(**config))
@@ -924,6 +924,7 @@ def mismatch(checkpoint: dict, config: RQVAEConfig, data: int) -> str | None:
 
 
 def read_if_same_run(path: Path, config: RQVAEConfig, data: int) -> dict | None:
+    """The checkpoint at `path`; None if it is missing, damaged or of another run."""
     with suppress(ValueError):
         checkpoint = read_checkpoint(path)
         return None if mismatch(checkpoint, config, data) else checkpoint
@@ -961,7 +962,8 @@ def step_seed(seed: int, step: int) -> int:
 
 @lru_cache(maxsize=1)
 def shuffled(n: int, epoch: int, seed: int, device: torch.device) -> Tensor:
-    generator = torch.Generator(device).manual_seed(step_seed(seed + 1, epoch))
+    """A permutation of n rows for each epoch, in this process."""
+    generator = torch.Generator(device).manual_seed(step_seed(seed + 1, epoch))  # + 1: not the seeds of the steps
     return torch.randperm(n, generator=generator, device=device)
 
 
