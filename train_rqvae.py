@@ -17,7 +17,7 @@ Run embed_items.py first. Any parquet file with parent_asin and embedding will d
 
 Paper: Rajput et al., Recommender Systems with Generative Retrieval (TIGER), arXiv:2305.05065, section 3.1.
 The residual quantizer is Lee et al., arXiv:2203.01941.
-Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes per level.
+Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes of a level.
 """
 
 import ctypes
@@ -30,7 +30,6 @@ import os
 import re
 import signal
 import sys
-import time
 import warnings
 import zipfile
 import zlib
@@ -38,7 +37,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, NoReturn
 
@@ -85,8 +83,7 @@ ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
 # rows in memory at once; on a CPU few enough for the activations to stay in cache
 ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # training
 DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions outside training
-
-ROWS_READ = 2**13  # rows of the parquet file at once
+ROWS_READ = 2**13  # of the parquet file
 
 # keeping IDs and report
 KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many times smaller
@@ -98,25 +95,19 @@ EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-AT_LEAST = {
-    "num_rows": 1, "seed": 0, "item_embedding_dim": 1, "codebook_embedding_dim": 1, "codebook_quantization_levels": 1,
-    "codebook_size": 2, "commitment_weight": 0, "ema_decay": 0, "batch_size": 1, "gradient_accumulation_steps": 1,
-    "num_epochs": 1, "max_lr": 1e-12, "min_lr": 0, "warmup_steps": 0, "gradient_clip_norm": 0, "input_noise": 0,
-    "input_mixing": 0, "autoencoder_steps": 0, "steps_per_codebook_reset": 1, "val_split": 0, "steps_per_train_log": 1,
-    "steps_per_val_log": 1, "steps_per_checkpoint": 1, "keep_checkpoints": 1,
+MAY_BE_ZERO = (
+    "seed", "commitment_weight", "ema_decay", "min_lr", "warmup_steps", "gradient_clip_norm", "input_noise",
+    "input_mixing", "autoencoder_steps", "val_split",
+)  # fmt: skip
+AT_LEAST = {"codebook_size": 2, "max_lr": 1e-12, "max_steps": -1} | dict.fromkeys(MAY_BE_ZERO, 0)  # others: 1
+AT_MOST = {  # others: 10^12
+    "seed": 2**31, "item_embedding_dim": 2**16, "encoder_hidden_dims": 2**16, "codebook_embedding_dim": 2**14,
+    "codebook_quantization_levels": 64, "codebook_size": 2**16, "ema_decay": 0.999999, "val_split": 0.99,
 }  # fmt: skip
-AT_MOST = {
-    "seed": 2**31, "item_embedding_dim": 2**16, "codebook_embedding_dim": 2**14, "codebook_quantization_levels": 64,
-    "codebook_size": 2**16, "ema_decay": 0.999999, "val_split": 0.99,
-}  # fmt: skip
-MODEL_FIELDS = {
-    "item_embedding_dim", "encoder_hidden_dims", "codebook_embedding_dim", "codebook_quantization_levels",
-    "codebook_size",
-}  # fmt: skip
-SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}
-FREE_FIELDS = {  # may change with --resume; checkpoints do not store the switches
-    "data_dir", "checkpoint_dir", "device", "num_epochs", "max_steps", "steps_per_train_log", "steps_per_val_log",
-    "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
+SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not in checkpoints
+FREE_FIELDS = {  # may change with --resume
+    "data_dir", "checkpoint_dir", "num_rows", "device", "num_epochs", "max_steps", "steps_per_train_log",
+    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -131,9 +122,7 @@ class RQVAEConfig:
     checkpoint_dir: str = HfArg(default="checkpoints/rqvae", help="Folder of the checkpoints.")
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
-    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(
-        default="auto", help="Number type of the MLPs in training; auto is bfloat16 on CUDA and CPUs with AVX512-BF16."
-    )
+    dtype: Literal["auto", "float32", "bfloat16"] = HfArg(default="auto", help="Number type of the MLPs in training.")
     seed: int = HfArg(default=42, help="Seed of the weights, the split, the batches and k-means.")
 
     item_embedding_dim: int | None = HfArg(default=None, help="Dimension D of the embeddings; by default the file's.")
@@ -141,8 +130,10 @@ class RQVAEConfig:
         default_factory=lambda: [512, 256, 128], help="Hidden layers of the encoder; the decoder mirrors them."
     )
     codebook_embedding_dim: int = HfArg(default=32, help="Dimension E of the latents and the codes.")
-    codebook_quantization_levels: int = HfArg(default=3, help="Levels L: codes in an ID.")
-    codebook_size: int = HfArg(default=256, help="Codes K a level.")
+    codebook_quantization_levels: int | None = HfArg(default=None, help="Levels L: codes in an ID; by default 3.")
+    codebook_size: list[int] = HfArg(
+        default_factory=lambda: [256], help="Codes K of each level: one number for all, or one a level."
+    )
     commitment_weight: float = HfArg(default=0.25, help="Weight beta of the commitment loss.")
     use_rotation_trick: bool = HfArg(default=False, help="Rotation trick instead of straight-through gradients.")
     use_ema_vq: bool = HfArg(default=False, help="Move the codes by moving averages instead of gradients.")
@@ -175,7 +166,7 @@ class RQVAEConfig:
     wandb_project: str = HfArg(default="semantic-ids", help="Weights & Biases project.")
 
     resume: bool = HfArg(default=False, help="Go on from the newest sound checkpoint in checkpoint_dir.")
-    overwrite: bool = HfArg(default=False, help="Train again even if this run is complete.")
+    overwrite: bool = HfArg(default=False, help="Train again, and replace any result that is there.")
     export_only: bool = HfArg(default=False, help="Write the IDs from best_model.pth without training.")
     keep_ids: str | None = HfArg(
         default=None, help="With --export_only: an earlier export of the same model; its items keep IDs that fit."
@@ -185,29 +176,28 @@ class RQVAEConfig:
     )
 
     def __post_init__(self):
-        for name, least in AT_LEAST.items():
-            value, most = getattr(self, name), AT_MOST.get(name, 10**12)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"--{name} {value}: must be at least {least:,} and at most {most:,}")
-        if self.max_steps != -1 and not 1 <= self.max_steps <= 10**12:
-            raise ValueError(f"--max_steps {self.max_steps}: must be -1, or at least 1 and at most {10**12:,}")
-        if not all(1 <= width <= 2**16 for width in self.encoder_hidden_dims):
-            raise ValueError(f"--encoder_hidden_dims {self.encoder_hidden_dims}: must each be 1 to {2**16:,}")
+        sizes = self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size]
+        levels = self.codebook_quantization_levels or (3 if len(sizes) == 1 else len(sizes))
+        if len(sizes) not in (1, levels):
+            raise ValueError(f"--codebook_size: {len(sizes)} sizes for {levels} levels; give one, or one a level")
+        self.codebook_quantization_levels, self.codebook_size = levels, sizes * (levels // len(sizes))
+        for name, value in vars(self).items():
+            least, most = AT_LEAST.get(name, 1), AT_MOST.get(name, 10**12)
+            for number in value if isinstance(value, list) else [value]:
+                if type(number) in (int, float) and not least <= number <= most:
+                    raise ValueError(f"--{name} {number}: must be at least {least:,} and at most {most:,}")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
-        self.source = Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
-        self.ids_path = Path(self.data_dir, f"{self.category}_semantic_ids.parquet")
-        self.quality_path = Path(self.data_dir, f"{self.category}_quality.json")
-        self.best_path = Path(self.checkpoint_dir, "best_model.pth")
-        self.final_path = Path(self.checkpoint_dir, "final_model.pth")
-        if self.keep_ids is None:
-            return
-        if not self.export_only:
+        if self.keep_ids and not self.export_only:
             raise ValueError("--keep_ids: needs --export_only, as the codes of a new model mean other things")
-        if self.num_rows:
-            raise ValueError("--keep_ids: leave --num_rows out, or the IDs of all other items would count as vanished")
-        if self.collisions == "keep":
-            raise ValueError("--keep_ids: needs distinct IDs, so not --collisions keep")
+        if self.keep_ids and (self.num_rows or self.collisions == "keep"):
+            raise ValueError("--keep_ids: needs the whole catalogue and distinct IDs: no --num_rows, no keep")
+        data, checkpoints = Path(self.data_dir).expanduser(), Path(self.checkpoint_dir).expanduser()
+        self.source = data / f"{self.category}_items_with_embeddings.parquet"
+        self.ids_path = data / f"{self.category}_semantic_ids.parquet"
+        self.quality_path = data / f"{self.category}_quality.json"
+        self.checkpoints = checkpoints
+        self.best_path, self.final_path = checkpoints / "best_model.pth", checkpoints / "final_model.pth"
 
 
 def fail(subject: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -227,6 +217,10 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def fail_on(errors: type | tuple, subject: str | Path, trouble: str, way_out: str) -> Iterator[None]:
     """Turn exceptions of these types into the error line of `fail`."""
@@ -236,10 +230,6 @@ def fail_on(errors: type | tuple, subject: str | Path, trouble: str, way_out: st
         fail(subject, f"{trouble} ({first_line(error)})", way_out)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def parse_config(argv: list[str] | None) -> RQVAEConfig:
     parser = HfArgumentParser(RQVAEConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
@@ -247,14 +237,9 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 
-def check_inputs(config: RQVAEConfig) -> None:
-    """End the run if an input file is missing."""
-    if not config.source.is_file():
-        fail(config.source, "not found", "run embed_items.py first")
-    if config.export_only and not config.best_path.is_file():
-        fail(config.best_path, "not found", "train first, or name another --checkpoint_dir")
-    if config.keep_ids is not None and not os.path.isfile(config.keep_ids):
-        fail(f"--keep_ids {config.keep_ids}", "not found", "name an earlier export, or leave it out for new IDs")
+def check_file(path: Path, way_out: str) -> None:
+    if not path.is_file():
+        fail(path, "is a folder, not one file" if path.is_dir() else "not found", way_out)
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -263,8 +248,7 @@ def check_inputs(config: RQVAEConfig) -> None:
 def start_processes(config: RQVAEConfig) -> tuple[torch.device, str]:
     """The device of this process and the reason for it; under torchrun, also joins the other processes."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if WORLD > 1:
-        available["mps"] = False  # processes cannot communicate there
+    available["mps"] &= WORLD == 1  # processes cannot communicate there
     name, reason = config.device, "asked for"
     if name == "auto":
         name, reason = next(kind for kind, is_there in available.items() if is_there), "the best one here"
@@ -277,6 +261,7 @@ def start_processes(config: RQVAEConfig) -> tuple[torch.device, str]:
             trouble = f"more processes than the {torch.cuda.device_count()} GPUs of this machine"
             fail("torchrun", trouble, "lower --nproc_per_node, or use --device cpu")
         torch.cuda.set_device(LOCAL_RANK)
+    print0(f"waiting for {WORLD} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", flush=True)
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # k-means runs on rank 0 alone and may take long
     return torch.device(name, LOCAL_RANK if name == "cuda" else None), f"{reason}; {WORLD} processes"
@@ -313,7 +298,7 @@ def copy_from_rank_0(model: nn.Module) -> None:
 
 
 def choose_dtype(device: torch.device) -> str:
-    """bfloat16 where the device is fast at it."""
+    """bfloat16 on CUDA and on CPUs with AVX512-BF16, where it is fast."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # torch 2.11 has no get_capabilities
@@ -339,12 +324,9 @@ def lock(path: Path) -> IO:
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-    try:
+    with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", "wait for that one"):
         if os.name == "posix":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # other errors: this file system has no locks
-            fail(path, "another run is writing it", "wait for that one, or choose another folder")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # any other OSError: a file system without locks
     return file
 
 
@@ -355,8 +337,6 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
         for path, content in contents.items():
             trouble, way_out = "cannot be written", "make room or set the rights there"
             with fail_on(OSError, path, trouble, way_out), open(temporary[path], "wb") as file:
-                if path.is_dir():
-                    raise IsADirectoryError("a folder has that name")
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -380,13 +360,11 @@ class EmbeddingDataset:
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
-        path, again = Path(path), "run embed_items.py again"
-        with fail_on(UNREADABLE, path, "not a readable parquet file", again):
+        with fail_on(UNREADABLE, path, "not a readable parquet file", "run embed_items.py again"):
             file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
             schema = file.collect_schema()
-            for name in ("parent_asin", "embedding"):
-                if name not in schema:
-                    fail(path, f"no column {name} among {', '.join(schema)}", again)
+            if missing := [name for name in ("parent_asin", "embedding") if name not in schema]:
+                fail(path, f"no column {missing[0]} among {', '.join(schema)}", "run embed_items.py again")
             kind = schema["embedding"]
             if kind.base_type() not in (pl.List, pl.Array) or not kind.inner.is_float():
                 fail(path, f"embedding is {kind}, not a list of floats", "cast it to List(Float32)")
@@ -404,37 +382,31 @@ class EmbeddingDataset:
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
             label = pl.coalesce(pl.col(texts).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH))
-            rows = file.slice(first, end - first)
-            table = rows.select("parent_asin", label.alias("label")).with_row_index("row").collect().sort("parent_asin")
-            order = table["row"].to_numpy().astype(np.int64)
-            lists = pl.col("embedding").cast(pl.List(pl.Float32))
-            dim = file.select(lists.head(1).list.len()).collect().item()
-            if not dim:
-                fail(path, "the embedding in row 0 is null or empty", again)
-            vectors = self._read_vectors(path, rows.select(lists), order, dim, first)
-        self.parent_asin, self.labels, self.file_rows = table["parent_asin"], table["label"], first + order
+            rows = file.slice(first, end - first).with_row_index("row", offset=first)
+            table = rows.select("row", "parent_asin", label.alias("label")).collect().sort("parent_asin")
+            vectors = self._read_vectors(path, rows.select(pl.col("embedding").cast(pl.List(pl.Float32))), table["row"])
+        self.parent_asin, self.labels, self.file_rows = table["parent_asin"], table["label"], table["row"].to_numpy()
         crcs = (zlib.crc32(x, zlib.crc32(name.encode())) for name, x in zip(self.parent_asin, vectors, strict=True))
         self.checksum = sum(crcs) if world == 1 else all_sum(torch.tensor(sum(crcs))).item()
         self.names_checksum = zlib.crc32("\0".join(names).encode())  # of the whole file, in its order
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
-    def _read_vectors(self, path: Path, lists: pl.LazyFrame, order: np.ndarray, dim: int, first: int) -> np.ndarray:
-        """A column of lists, from row `first` of the file, with its rows in `order` (n): (n, D)."""
-        vectors, place = np.empty((len(order), dim), dtype=np.float32), np.argsort(order)  # (n) where each row goes
-        wrong = {f"null, empty or not of {dim} dimensions": [], "NaN or infinite": []}
-        for start in range(0, len(order), ROWS_READ):
+    @staticmethod
+    def _read_vectors(path: Path, lists: pl.LazyFrame, file_rows: pl.Series) -> np.ndarray:
+        """A column of lists that begins at the least of file_rows (n), in their order: (n, D)."""
+        place = np.argsort(file_rows.to_numpy())  # (n) where each list goes
+        dim = lists.head(1).collect().to_series().list.len().item()
+        if not dim:
+            fail(path, "the first embedding is null or empty", "run embed_items.py again")
+        vectors = np.full((len(place), dim), np.nan, dtype=np.float32)
+        for start in range(0, len(place), ROWS_READ):
             column = lists.slice(start, ROWS_READ).collect().to_series()
-            ragged = (column.list.len().fill_null(0) != dim).to_numpy()
-            part = (column.filter(~ragged) if ragged.any() else column).list.to_array(dim).to_numpy()
-            rows = start + np.flatnonzero(~ragged)
-            vectors[place[rows]] = part
-            broken = rows[~np.isfinite(part).all(axis=1)]
-            for found, new in zip(wrong.values(), (start + np.flatnonzero(ragged), broken), strict=True):
-                found += new.tolist()
-        for trouble, found in wrong.items():
-            if found:
-                line = f"{len(found)} embeddings are {trouble}, the first in row {first + found[0]}"
-                fail(path, line, "run embed_items.py again")
+            fits = (column.list.len() == dim).fill_null(False)
+            vectors[place[start : start + ROWS_READ][fits]] = column.filter(fits).list.to_array(dim).to_numpy()
+        wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
+        if wrong.any():
+            trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
+            fail(path, f"{trouble}, the first in row {file_rows.filter(wrong).min()}", "run embed_items.py again")
         return vectors
 
     def __len__(self) -> int:
@@ -474,33 +446,30 @@ def rotate_to(x: Tensor, code: Tensor) -> Tensor:
     return code.detach() + (rotated - rotated.detach())
 
 
-class QuantizerOutput(NamedTuple):
-    """Output of one quantizer level."""
+class Quantized(NamedTuple):
+    """Output of one quantizer level, or of the residual walk down all of them."""
 
-    codes: Tensor  # (B) int64
-    vectors: Tensor  # (B, E) the codes' vectors, without gradient
-    codebook_loss: Tensor  # () mean square of sg[x] - code over B and E
-    commitment_loss: Tensor  # () mean square of x - sg[code], without its weight beta
+    codes: Tensor  # (B) int64 of a level, (B, L) of all
+    vectors: Tensor  # (B, E) of a level: the codes' vectors, without gradient; of all: their sum, with the estimator's
+    loss: Tensor  # () codebook loss + beta commitment loss, summed over the levels
 
 
 class VectorQuantizer(nn.Module):
     """A learnable codebook (arXiv:1711.00937): K codes of dimension E, moved by the codebook loss."""
 
-    def __init__(self, codebook_size: int, codebook_embedding_dim: int):
+    def __init__(self, codebook_size: int, codebook_embedding_dim: int, commitment_weight: float = 0.25):
         super().__init__()
-        codebook = torch.randn(codebook_size, codebook_embedding_dim)  # (K, E)
-        self.register_codebook(codebook / math.sqrt(codebook_embedding_dim))
+        self.commitment_weight = commitment_weight
+        codebook = torch.randn(codebook_size, codebook_embedding_dim) / math.sqrt(codebook_embedding_dim)
+        self.codebook = nn.Parameter(codebook)  # (K, E)
 
-    def register_codebook(self, codebook: Tensor) -> None:
-        self.codebook = nn.Parameter(codebook)
-
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> Quantized:
         """Quantize x (B, E) in float32, by the nearest codes or by the given ones (B)."""
         x = x.float()
         codes = nearest_codes(x.detach(), self.codebook.detach()) if codes is None else codes
         vectors = F.embedding(codes, self.codebook)  # (B, E); indexing would sum its gradient in no fixed order
         codebook_loss, commitment_loss = F.mse_loss(vectors, x.detach()), F.mse_loss(x, vectors.detach())
-        return QuantizerOutput(codes, vectors.detach(), codebook_loss, commitment_loss)
+        return Quantized(codes, vectors.detach(), codebook_loss + self.commitment_weight * commitment_loss)
 
     @torch.no_grad()
     def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
@@ -518,26 +487,22 @@ class EMAVectorQuantizer(VectorQuantizer):
     small batches equals one large batch.
     """
 
-    def __init__(self, codebook_size: int, codebook_embedding_dim: int, ema_decay: float = 0.99):
-        super().__init__(codebook_size, codebook_embedding_dim)
-        self.ema_decay = ema_decay
-
-    def register_codebook(self, codebook: Tensor) -> None:
+    def __init__(self, *sizes, ema_decay: float = 0.99):
+        super().__init__(*sizes)
+        self.ema_decay, codebook = ema_decay, self.codebook.detach()
+        del self.codebook  # a buffer instead of a parameter
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_counts", torch.ones(len(codebook)))  # (K) items a code
         self.register_buffer("ema_sums", codebook.clone())  # (K, E)
         sums = torch.zeros(len(codebook), 1 + codebook.shape[1])
         self.register_buffer("step_sums", sums, persistent=False)  # (K, 1 + E) count and sum of this step's items
 
-    def forward(self, x: Tensor, codes: Tensor | None = None) -> QuantizerOutput:
+    def forward(self, x: Tensor, codes: Tensor | None = None) -> Quantized:
         """Quantize x (B, E) in float32; a training step also adds x to the sums."""
         output = super().forward(x, codes)
         if self.training and torch.is_grad_enabled():
-            counted = F.pad(x.detach().float(), (1, 0), value=1.0)  # (B, 1 + E)
-            if x.is_cuda:  # index_add_ has no fixed order there
-                self.step_sums += F.one_hot(output.codes, len(self.codebook)).float().T @ counted
-            else:
-                self.step_sums.index_add_(0, output.codes, counted)
+            one_hot = F.one_hot(output.codes, len(self.codebook)).float()  # index_add_ has no fixed order on CUDA
+            self.step_sums += one_hot.T @ F.pad(x.detach().float(), (1, 0), value=1.0)
         return output
 
     @torch.no_grad()
@@ -561,23 +526,6 @@ class EMAVectorQuantizer(VectorQuantizer):
 # ---------------------------------------------------------------- model
 
 
-class Quantized(NamedTuple):
-    """Output of the residual walk down the levels."""
-
-    vectors: Tensor  # (B, E) exactly the sum of the codes, with the gradient to the latents
-    codes: Tensor  # (B, L) int64
-    loss: Tensor  # () sum over the levels of codebook loss + beta commitment loss
-
-
-class Losses(NamedTuple):
-    """Losses of a batch: total = reconstruction + vq."""
-
-    total: Tensor  # ()
-    reconstruction: Tensor  # ()
-    vq: Tensor  # ()
-    codes: Tensor | None  # (B, L); None for a plain autoencoder
-
-
 def cauchy_loss(errors: Tensor) -> Tensor:
     """Robust loss (alpha = 0 in Barron, arXiv:1701.03077) of the items' mean square errors (B): ()."""
     return RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
@@ -585,9 +533,7 @@ def cauchy_loss(errors: Tensor) -> Tensor:
 
 def mlp(sizes: list[int]) -> nn.Sequential:
     """Linear layers with a SiLU between each two."""
-    layers = []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
+    layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -613,14 +559,12 @@ class RQVAE(nn.Module):
         self.register_buffer("input_mean", torch.zeros(dim))
         self.register_buffer("input_scale", torch.ones(()))
         self.training_dtype = torch.float32  # of the MLPs' matrix products in training
-        self.encoder = mlp(sizes)
-        self.decoder = mlp(sizes[::-1])
+        self.encoder, self.decoder = mlp(sizes), mlp(sizes[::-1])
         self.estimator = rotate_to if config.use_rotation_trick else straight_through
+        ema = {"ema_decay": config.ema_decay} if config.use_ema_vq else {}
+        quantizer = EMAVectorQuantizer if config.use_ema_vq else VectorQuantizer
         self.quantizers = nn.ModuleList(
-            EMAVectorQuantizer(config.codebook_size, latent_dim, config.ema_decay)
-            if config.use_ema_vq
-            else VectorQuantizer(config.codebook_size, latent_dim)
-            for _ in range(config.codebook_quantization_levels)
+            quantizer(size, latent_dim, config.commitment_weight, **ema) for size in config.codebook_size
         )
 
     def _autocast(self, x: Tensor) -> torch.autocast:
@@ -652,12 +596,8 @@ class RQVAE(nn.Module):
         for level, quantizer in enumerate(self.quantizers):
             outputs.append(quantizer(residuals, None if codes is None else codes[:, level]))
             residuals = residuals - outputs[-1].vectors
-        beta = self.config.commitment_weight
-        return Quantized(
-            vectors=self.estimator(latents, sum(output.vectors for output in outputs)),
-            codes=torch.stack([output.codes for output in outputs], dim=1),
-            loss=sum(output.codebook_loss + beta * output.commitment_loss for output in outputs),
-        )
+        codes, vectors, losses = zip(*outputs, strict=True)
+        return Quantized(torch.stack(codes, dim=1), self.estimator(latents, sum(vectors)), sum(losses))
 
     @torch.no_grad()
     def search(self, latents: Tensor, target: Tensor, width: int) -> Tensor:
@@ -682,21 +622,18 @@ class RQVAE(nn.Module):
         nearest = torch.linalg.vector_norm(difference, dim=2, dtype=torch.float32).argmin(1)  # (B)
         return codes[torch.arange(len(codes), device=codes.device), nearest]
 
-    def forward(self, x: Tensor, target: Tensor | None = None, search_width: int = TRAINING_SEARCH_WIDTH) -> Losses:
-        """Losses of x (B, D) against target (B, D), by default x itself, with the best codes of `search_width` IDs."""
-        latents, target = self.encode(x), x if target is None else target
-        codes = self.search(latents, target, search_width) if search_width > 1 else None
-        quantized = self.quantize(latents, codes)
-        reconstruction = self.reconstruction_loss(quantized.vectors, target)
-        return Losses(reconstruction + quantized.loss, reconstruction, quantized.loss, quantized.codes)
+    def forward(self, x: Tensor, target: Tensor, search_width: int) -> tuple[Tensor, Tensor | None]:
+        """Loss terms (3), total = reconstruction + vq, and codes (B, L), of inputs x (B, D) for targets (B, D).
 
-    def autoencoder_losses(self, x: Tensor, target: Tensor) -> Losses:
-        """Losses without quantization: x (B, D), target (B, D)."""
-        loss = self.reconstruction_loss(self.encode(x), target)
-        return Losses(loss, loss, torch.zeros_like(loss), None)
-
-    def reconstruction_loss(self, latents: Tensor, target: Tensor) -> Tensor:
-        return cauchy_loss(F.mse_loss(self.decode(latents).float(), target, reduction="none").mean(1))
+        The codes are the best of `search_width` IDs; 1 takes the nearest codes, 0 trains a plain autoencoder.
+        """
+        latents, codes, vq = self.encode(x), None, torch.zeros((), device=x.device)
+        if search_width:
+            searched = self.search(latents, target, search_width) if search_width > 1 else None
+            codes, latents, vq = self.quantize(latents, searched)
+        errors = F.mse_loss(self.decode(latents).float(), target, reduction="none").mean(1)  # (B)
+        reconstruction = cauchy_loss(errors)
+        return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
         """Sum of the codes of an ID or of its first levels: ids (B, l) with l <= L -> (B, E)."""
@@ -711,8 +648,7 @@ class RQVAE(nn.Module):
 
         An item gets the one of `search_width` likely IDs that decodes nearest to it; 1 takes the nearest codes.
         """
-        parts = [self.standardise(part) for part in x.split(chunk_rows(x.device, search_width))]
-        return torch.cat([self.search(self.encode(part), part, search_width) for part in parts])
+        return encode_catalogue(self, x, search_width)[1]
 
     @torch.no_grad()
     def decode_from_semantic_ids(self, ids: Tensor) -> Tensor:
@@ -744,8 +680,8 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
     """
     mean = latents.mean(0)
     scale = (latents - mean).std()
-    constant = scale.square() <= ROUNDING * latents.square().mean()  # all items are equal up to rounding
-    scale = torch.ones_like(scale) if constant else scale
+    if scale.square() <= ROUNDING * latents.square().mean():  # all items are equal up to rounding
+        scale = torch.ones_like(scale)
     last, first = model.encoder[-1], model.decoder[0]
     last.bias.sub_(mean).div_(scale)
     last.weight.div_(scale)
@@ -755,14 +691,14 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int, seed: int) -> None:
+def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int) -> None:
     """k-means of each level's residuals, one level after the other: latents (M, E)."""
     residuals = latents
     for level, quantizer in enumerate(model.quantizers):
         size = len(quantizer.codebook)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than codes
-            kmeans = KMeans(size, n_init=1, random_state=seed + level).fit(residuals.cpu().numpy())
+            kmeans = KMeans(size, n_init=1, random_state=model.config.seed + level).fit(residuals.cpu().numpy())
         centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
         share = torch.from_numpy(np.bincount(kmeans.labels_, minlength=size) / len(residuals)).to(centres)  # (K)
         quantizer.set_codes(torch.arange(size, device=residuals.device), centres, share * rows_per_step)
@@ -778,7 +714,7 @@ def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_st
     if not latents.isfinite().all():
         diverged("latents became NaN or infinite before k-means")
     if RANK == 0:
-        init_codebooks(model, rescale_latents(model, latents), rows_per_step, model.config.seed)
+        init_codebooks(model, rescale_latents(model, latents), rows_per_step)
     copy_from_rank_0(model)
 
 
@@ -787,7 +723,7 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> None
     """Move codes without usage (L, K) onto residuals of the batch x (B, D), and reset their averages and moments."""
     residuals = model.encode(model.standardise(x))
     for quantizer, counts in zip(model.quantizers, usage, strict=True):
-        unused = (counts == 0).nonzero().squeeze(1)  # (M)
+        unused = (counts[: len(quantizer.codebook)] == 0).nonzero().squeeze(1)  # (M)
         if len(unused):
             rows = torch.randperm(len(residuals), device=x.device).repeat(1 + len(unused) // len(residuals))
             quantizer.set_codes(unused, residuals[rows[: len(unused)]], torch.ones_like(unused, dtype=torch.float32))
@@ -802,19 +738,17 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> None
 
 
 def code_statistics(codes: np.ndarray) -> dict[str, float]:
-    """Of IDs (N, L): distinct IDs / items, items alone with their ID / items, items of the most common ID."""
+    """Of IDs (N, L): the proportion of unique IDs, distinct IDs / items, and the items of the most common ID."""
     sizes = np.bincount(prefix_keys(codes, codes.shape[1]))  # items an ID
-    distinct, singleton = len(sizes) / len(codes), float((sizes == 1).sum() / len(codes))
-    return {"distinct": distinct, "singleton": singleton, "largest_collision": int(sizes.max())}
+    return {"distinct": len(sizes) / len(codes), "largest_collision": int(sizes.max())}
 
 
-def level_statistics(codes: np.ndarray, codebook_size: int) -> list[dict]:
-    """For each level of codes (N, L): share of the codes in use, unused codes, perplexity, and items a code (K)."""
-    counts = [np.bincount(level, minlength=codebook_size) for level in codes.T]
+def level_statistics(codes: np.ndarray, sizes: list[int]) -> list[dict]:
+    """For each level of codes (N, L): share of its codes in use, their perplexity, and items a code (K)."""
+    counts = [np.bincount(level, minlength=size) for level, size in zip(codes.T, sizes, strict=True)]
     return [
         {
             "usage": float((items > 0).mean()),
-            "dead_codes": int((items == 0).sum()),
             "perplexity": float(np.exp(entropy(items))),
             "items_per_code": items.tolist(),
         }
@@ -822,7 +756,7 @@ def level_statistics(codes: np.ndarray, codebook_size: int) -> list[dict]:
     ]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH) -> tuple[Tensor, ...]:
     """Latents (N, E), codes (N, L) and norms (N) of the last residual, of embeddings (N, D) as stored."""
     n, device, config = len(embeddings), model.input_mean.device, model.config
@@ -856,27 +790,16 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
     model.eval()
     terms = torch.zeros(3, device=embeddings.device)
     for rows in val_rows.split(chunk_rows(embeddings.device, TRAINING_SEARCH_WIDTH)):
-        losses = model(model.standardise(embeddings[rows]))
-        terms += torch.stack(losses[:3]) * (len(rows) / len(val_rows))
+        x = model.standardise(embeddings[rows])
+        terms += model(x, x, TRAINING_SEARCH_WIDTH)[0] * (len(rows) / len(val_rows))
     _, codes, norms = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)
     model.train()
     codes = gathered(codes).numpy()
-    ids = code_statistics(codes)
-    metrics = checked_losses("val", terms) | {f"catalogue/{name}": ids[name] for name in ("distinct", "singleton")}
+    metrics = checked_losses("val", terms) | {"catalogue/distinct": code_statistics(codes)["distinct"]}
     metrics["catalogue/residual_norm"] = all_sum(norms.mean()).item() / WORLD
     for i, level in enumerate(level_statistics(codes, model.config.codebook_size)):
         metrics |= {f"catalogue/{name}_{i}": level[name] for name in ("usage", "perplexity")}
     return metrics
-
-
-def progress_line(step: int, metrics: dict[str, float]) -> str:
-    """The main metrics of a validation; W&B has all of them."""
-    usage = "/".join(f"{value:.0%}" for name, value in metrics.items() if name.startswith("catalogue/usage"))
-    return (
-        f"step {step}: train loss {metrics['train/total_loss']:.4g}, val loss {metrics['val/total_loss']:.4g} = "
-        f"{metrics['val/reconstruction_loss']:.4g} + {metrics['val/vq_loss']:.4g}, codes used {usage}, "
-        f"distinct {metrics['catalogue/distinct']:.1%}"
-    )
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -896,13 +819,18 @@ def read_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
+def trained_config(checkpoint: dict) -> RQVAEConfig:
+    """The configuration of a checkpoint; a flag that came later has its default."""
+    known = {field.name for field in fields(RQVAEConfig)}
+    return RQVAEConfig(**{name: value for name, value in checkpoint["config"].items() if name in known})
+
+
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     """The RQVAE of any checkpoint, in evaluation mode on `device`; a missing or damaged file ends the run."""
-    known, way_out = {field.name for field in fields(RQVAEConfig)}, "train again, or name another --checkpoint_dir"
+    way_out = "train again, or name another --checkpoint_dir"
     with fail_on(Exception, path, "missing, damaged or not a checkpoint", way_out):
         checkpoint = read_checkpoint(Path(path))
-        config = {name: value for name, value in checkpoint["config"].items() if name in known}
-        model = RQVAE(RQVAEConfig(**config))
+        model = RQVAE(trained_config(checkpoint))
         model.load_state_dict(checkpoint["model_state_dict"])
     model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
     return model.to(device).eval()
@@ -916,7 +844,7 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 def mismatch(checkpoint: dict, config: RQVAEConfig, data: int) -> str | None:
     """Why a checkpoint belongs to another run; None if it belongs to this one."""
-    trained = asdict(RQVAEConfig()) | checkpoint["config"]  # a flag that came later had its default
+    trained = asdict(trained_config(checkpoint))
     for name, value in asdict(config).items():
         if name not in FREE_FIELDS and trained[name] != value:
             return f"trained with --{name} {trained[name]}, not {value}"
@@ -933,22 +861,23 @@ def read_if_same_run(path: Path, config: RQVAEConfig, data: int) -> dict | None:
 
 def find_resumed(config: RQVAEConfig, data: int, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
-    folder = Path(config.checkpoint_dir)
-    for step, path in numbered_checkpoints(folder).items():
+    way_out = "give the same flags as before, or another --checkpoint_dir"
+    for step, path in numbered_checkpoints(config.checkpoints).items():
         try:
             checkpoint = read_checkpoint(path)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
         if trouble := mismatch(checkpoint, config, data):
-            fail(path, trouble, "give the same flags as before, or another --checkpoint_dir")
+            fail(path, trouble, way_out)
         if step > total_steps:
             fail(path, f"trained for more than {total_steps} steps", "raise --max_steps, or train without --resume")
-        if checkpoint["processes"] != WORLD:
-            warn(f"{path} was written by {checkpoint['processes']} processes, not {WORLD}: batches will differ")
         print0(f"going on from {path}")
         return checkpoint
-    print0(f"no sound checkpoint in {folder}: starting from the beginning")
+    with suppress(ValueError):
+        if trouble := mismatch(read_checkpoint(config.best_path), config, data):
+            fail(config.best_path, trouble, way_out)
+    print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None
 
 
@@ -960,39 +889,16 @@ def step_seed(seed: int, step: int) -> int:
     return hash((seed, step, RANK)) % 2**63
 
 
-@lru_cache(maxsize=1)
-def shuffled(n: int, epoch: int, seed: int, device: torch.device) -> Tensor:
-    """A permutation of n rows for each epoch, in this process."""
-    generator = torch.Generator(device).manual_seed(step_seed(seed + 1, epoch))  # + 1: not the seeds of the steps
-    return torch.randperm(n, generator=generator, device=device)
-
-
 class Plan(NamedTuple):
     """Sizes that follow from the configuration and the number of items. Rows are those of this process."""
 
-    config: RQVAEConfig
+    items: int  # N, of all processes
     train_rows: Tensor  # (M)
     val_rows: Tensor  # (V)
     rows_per_step: int
     steps_per_epoch: int
     total_steps: int
     autoencoder_steps: int  # the first ones, before k-means
-
-    def batch_rows(self, step: int) -> Tensor:
-        """Rows of a step, counted from 1: (R). Each epoch goes through the training rows in an order of its own."""
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
-        order = shuffled(len(self.train_rows), epoch, self.config.seed, self.train_rows.device)
-        return self.train_rows[order[place * self.rows_per_step : (place + 1) * self.rows_per_step]]
-
-    def search_width(self, step: int) -> int:
-        """0 for a plain autoencoder step, 1 for the nearest codes."""
-        if step <= self.autoencoder_steps:
-            return 0
-        return TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * self.total_steps else 1
-
-    def resets_codes(self, step: int) -> bool:
-        due = (step - self.autoencoder_steps) % self.config.steps_per_codebook_reset == 0
-        return self.config.reset_unused_codes and due and step <= LAST_RESET * self.total_steps
 
 
 def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
@@ -1012,7 +918,7 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     if not config.use_kmeans_init:
         autoencoder_steps = 0
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
-    return Plan(config, train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
+    return Plan(n, train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
 
 def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
@@ -1064,28 +970,23 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
     return target + torch.full((), noise, device=x.device).copysign(signs), target
 
 
-class StepResult(NamedTuple):
-    """One optimizer step; everything stays on the device until it is logged."""
-
-    terms: Tensor  # (3) total, reconstruction and vq loss
-    codes: Tensor | None  # (rows, L); None for a plain autoencoder step
-    gradient_norm: Tensor  # () before clipping
-
-
 def train_step(
     model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, search_width: int
-) -> StepResult:
-    """One optimizer step on `rows` (R) of embeddings (N, D); search_width 0 is a plain autoencoder step."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """One optimizer step on `rows` (R) of embeddings (N, D), of which nothing waits for the GPU.
+
+    Returns the loss terms (3), the codes (R, L), None in an autoencoder step, and the gradient norm before clipping.
+    """
     config = model.config
     batch_size = min(max(1, config.batch_size // WORLD), ROWS_PER_PASS[embeddings.device.type])
     terms, codes = torch.zeros(3, device=embeddings.device), []
     for batch in rows.chunk(math.ceil(len(rows) / batch_size)):  # of one size, so that each has rows to mix
-        share = len(batch) / len(rows)
         inputs, target = augment(embeddings.index_select(0, batch), model, noise, config.input_mixing)
-        losses = model(inputs, target, search_width) if search_width else model.autoencoder_losses(inputs, target)
-        (losses.total * share).backward()
-        terms += torch.stack(losses[:3]).detach() * share
-        codes.append(losses.codes)
+        batch_terms, batch_codes = model(inputs, target, search_width)
+        batch_terms = batch_terms * (len(batch) / len(rows))
+        batch_terms[0].backward()
+        terms += batch_terms.detach()
+        codes.append(batch_codes)
     average_gradients(model)
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip_norm or math.inf)
     for optimizer in optimizers:
@@ -1093,7 +994,7 @@ def train_step(
         optimizer.zero_grad()
     for quantizer in model.quantizers if search_width else ():
         quantizer.end_step()
-    return StepResult(terms, torch.cat(codes) if search_width else None, norm)
+    return terms, torch.cat(codes) if search_width else None, norm
 
 
 @contextmanager
@@ -1117,25 +1018,25 @@ class TrainingState:
     """The model, and everything else that changes in training."""
 
     def __init__(self, model: RQVAE, plan: Plan, data: int, run):
-        self.model, self.plan, self.data, self.run, self.config = model, plan, data, run, plan.config
+        self.model, self.plan, self.data, self.run, self.config = model, plan, data, run, model.config
         self.optimizers = make_optimizers(model, self.config.max_lr)
-        shape = self.config.codebook_quantization_levels, self.config.codebook_size
+        shape = len(self.config.codebook_size), max(self.config.codebook_size)
         self.usage = torch.zeros(shape, dtype=torch.int64, device=plan.train_rows.device)  # (L, K) since the last reset
         self.step, self.lowest_val_loss, self.metrics = 0, math.inf, {}
-        self.logged_step, self.logged_time = 0, time.perf_counter()
 
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model_state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
-        self.step = self.logged_step = checkpoint["step"]
-        self.metrics = checkpoint["metrics"]
+        self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
         if read_if_same_run(self.config.best_path, self.config, self.data):  # else the next validation writes one
             self.lowest_val_loss = checkpoint["lowest_val_loss"]
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
+        if RANK > 0:
+            return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
             "config": {name: value for name, value in asdict(self.config).items() if name not in SWITCHES},
@@ -1144,25 +1045,23 @@ class TrainingState:
             "val_loss": self.metrics.get("val/total_loss", math.inf),
             "metrics": self.metrics,
             "data": self.data,
+            "items": self.plan.items,
         }
-        if RANK == 0:
-            file = io.BytesIO()
-            torch.save(checkpoint | for_resume, file)
-            atomic_write({path: file.getvalue()})
+        file = io.BytesIO()
+        torch.save(checkpoint | for_resume, file)
+        atomic_write({path: file.getvalue()})
 
     def save_numbered(self) -> None:
         """Save all that an exact resume needs; delete old numbered checkpoints and those of a longer run."""
-        folder = Path(self.config.checkpoint_dir)
         self.save(
-            folder / f"checkpoint_step_{self.step}.pth",
+            self.config.checkpoints / f"checkpoint_step_{self.step}.pth",
             optimizer_states=[optimizer.state_dict() for optimizer in self.optimizers],
             usage=self.usage,
             lowest_val_loss=self.lowest_val_loss,
             autoencoder_steps=self.plan.autoencoder_steps,
             wandb_run_id=self.run.id if self.run else None,
-            processes=WORLD,
         )
-        checkpoints = numbered_checkpoints(folder)
+        checkpoints = numbered_checkpoints(self.config.checkpoints)
         kept = [step for step in checkpoints if step <= self.step][: self.config.keep_checkpoints]
         for step in checkpoints.keys() - kept if RANK == 0 else ():
             checkpoints[step].unlink()
@@ -1170,29 +1069,27 @@ class TrainingState:
     def log(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
         if self.run:
-            items = (self.step - self.logged_step) * self.plan.rows_per_step * WORLD
-            seconds = time.perf_counter() - self.logged_time
-            self.run.log(metrics | ({"train/items_per_second": items / seconds} if items else {}), step=self.step)
-        self.logged_step, self.logged_time = self.step, time.perf_counter()
+            self.run.log(metrics, step=self.step)
 
-    def log_step(self, result: StepResult, rate: float) -> None:
-        norm = result.gradient_norm.item()
-        if not math.isfinite(norm):
-            diverged(f"the gradient norm became {norm} at step {self.step}")
+    def log_step(self, terms: Tensor, norm: float, rate: float) -> None:
         norms = {"train/gradient_norm": norm}
         norms["train/clipped_gradient_norm"] = min(norm, self.config.gradient_clip_norm or math.inf)
-        self.log(checked_losses("train", result.terms) | norms | {"train/learning_rate": rate})
+        self.log(checked_losses("train", terms) | norms | {"train/learning_rate": rate})
 
     def validate(self, embeddings: Tensor) -> str:
         """Validate, save the best model, and describe the result in a line."""
-        metrics = validate(self.model, embeddings, self.plan.val_rows)
-        self.log(metrics)
-        loss = metrics["val/total_loss"]
+        self.log(validate(self.model, embeddings, self.plan.val_rows))
+        loss = self.metrics["val/total_loss"]
         is_best = loss <= self.lowest_val_loss * (1 + TIE_TOLERANCE)
         self.lowest_val_loss = min(self.lowest_val_loss, loss)
         if is_best:
             self.save(self.config.best_path)
-        return progress_line(self.step, self.metrics) + (", best" if is_best else "")
+        usage = "/".join(f"{value:.0%}" for name, value in self.metrics.items() if name.startswith("catalogue/usage"))
+        line = (
+            "step {step}: train loss {train/total_loss:.4g}, val loss {val/total_loss:.4g} = "
+            "{val/reconstruction_loss:.4g} + {val/vq_loss:.4g}, codes used {usage}, distinct {catalogue/distinct:.1%}"
+        )
+        return line.format_map(self.metrics | {"step": self.step, "usage": usage}) + (", best" if is_best else "")
 
 
 def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resumed: dict | None, run) -> bool:
@@ -1202,21 +1099,20 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resume
     on from, `run` that of W&B or None.
     """
     torch.manual_seed(config.seed)
-    model = RQVAE(config).to(embeddings.device)
+    model, device = RQVAE(config).to(embeddings.device), embeddings.device
     model.training_dtype = getattr(torch, config.dtype)
-    state, total = TrainingState(model, plan, data, run), plan.total_steps
+    state, total, size = TrainingState(model, plan, data, run), plan.total_steps, plan.rows_per_step
     if resumed:
         state.restore(resumed)
     else:
         fit_standardisation(model, embeddings, plan.train_rows)
-    if embeddings.device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
-    parameters = sum(weight.numel() for weight in model.parameters())
-    print0(f"{parameters / 1e6:.2f} million parameters, MLPs trained in {config.dtype}")
-    print0(f"{len(plan.val_rows) * WORLD:,} items held out, {plan.rows_per_step * WORLD:,} items a step")
+    print0(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, MLPs trained in {config.dtype}")
+    print0(f"{len(plan.val_rows) * WORLD:,} items held out, {size * WORLD:,} items a step")
     print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
     model.train()
-    stopping = False
+    order, stopping = None, False
     bar = tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0)
     with stop_requests() as requests, bar:
         while state.step < total and not stopping:
@@ -1224,29 +1120,35 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resume
             step = state.step
             torch.manual_seed(step_seed(config.seed, step))
             if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
-                sample = plan.train_rows[: KMEANS_ROWS // WORLD]
-                start_quantizing(model, embeddings, sample, plan.rows_per_step * WORLD)
+                start_quantizing(model, embeddings, plan.train_rows[: KMEANS_ROWS // WORLD], size * WORLD)
                 for optimizer in state.optimizers:
                     optimizer.state.clear()  # moments of another loss, and of the weights before the rescaling
 
+            epoch, place = divmod(step - 1, plan.steps_per_epoch)
+            if place == 0 or order is None:  # each epoch has an order of its own
+                generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))
+                order = plan.train_rows[torch.randperm(len(plan.train_rows), generator=generator, device=device)]
+            rows = order[place * size : (place + 1) * size]
             rate = learning_rate(step - 1, total, config)
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
             noise = config.input_noise * (1 - (step - 1) / total)  # 0 at the end, for the codes to settle
-            rows = plan.batch_rows(step)
-            result = train_step(model, state.optimizers, embeddings, rows, noise, plan.search_width(step))
-            if result.codes is not None:
-                ones = torch.ones_like(result.codes.T)
-                state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, result.codes.T, ones))
-                if plan.resets_codes(step):
+            is_quantizing = step > plan.autoencoder_steps
+            width = (TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1) if is_quantizing else 0
+            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, noise, width)
+            if is_quantizing:
+                ones = torch.ones_like(codes.T)
+                state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, codes.T, ones))
+                reset_due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
+                if config.reset_unused_codes and reset_due and step <= LAST_RESET * total:
                     reset_codes(model, embeddings[rows[: config.batch_size]], state.usage, state.optimizers[0])
                     state.usage.zero_()
 
             stopping = all_sum(torch.tensor(len(requests))).item() > 0 and step < total
             saving = stopping or step % config.steps_per_checkpoint == 0
-            validating = step > plan.autoencoder_steps and (step % config.steps_per_val_log == 0 or step == total)
+            validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
-                state.log_step(result, rate)
+                state.log_step(terms, norm.item(), rate)
                 bar.set_postfix_str(f"loss {state.metrics['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating:
                 line = state.validate(embeddings)
@@ -1296,13 +1198,14 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
     return codes
 
 
-def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, size: int) -> Iterator[tuple]:
+def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: list[int]) -> Iterator[tuple]:
     """Items with equal first `level` codes, if some next code has more of them than free IDs below it.
 
-    codes (N, L), occupied (T, L) IDs that are given -> rows (n), and the free IDs below each next code (K).
+    codes (N, L), occupied (T, L) IDs that are given, sizes (L) of the codebooks -> rows (n), and the free IDs below
+    each next code (K).
     """
-    n, all_ids = len(codes), np.concatenate([codes, occupied])
-    capacity = min(len(all_ids), size ** (codes.shape[1] - 1 - level))  # IDs below a code, capped to stay small
+    n, size, all_ids = len(codes), sizes[level], np.concatenate([codes, occupied])
+    capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code, capped to stay small
     parents, children = prefix_keys(all_ids, level), prefix_keys(all_ids, level + 1)  # (N + T)
     is_crowded = np.bincount(children)[children] > capacity
     rows = np.flatnonzero(np.isin(parents[:n], parents[is_crowded]))
@@ -1313,19 +1216,20 @@ def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, size: in
 
 
 def assign_distinct(
-    latents: np.ndarray, codes: np.ndarray, codebooks: np.ndarray, last_costs: Callable, occupied: np.ndarray
+    latents: np.ndarray, codes: np.ndarray, codebooks: list[np.ndarray], last_costs: Callable, occupied: np.ndarray
 ) -> np.ndarray:
-    """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks (L, K, E) -> IDs (N, L).
+    """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks L of (K, E) -> IDs (N, L).
 
     None of them is in occupied (T, L). From the first level down, a prefix with more items than free IDs below it
     gives some to the nearest code with room. At the last level, the items of a prefix get different codes at the
     least total cost (scipy.optimize.linear_sum_assignment): last_costs(rows (n), prefix (L - 1)) -> (n, K).
-    Only items below crowded prefixes change. Needs N + T <= K^L.
+    Only items below crowded prefixes change. Needs as many IDs as N + T.
     """
-    codes, (levels, size, _) = codes.copy(), codebooks.shape
-    assert len(codes) + len(occupied) <= size**levels, "more items than IDs"
+    codes, sizes = codes.copy(), [len(codebook) for codebook in codebooks]
+    levels = len(sizes)
+    assert len(codes) + len(occupied) <= math.prod(sizes), "more items than IDs"
     for level in range(levels - 1):
-        for rows, room in crowded_groups(codes, occupied, level, size):
+        for rows, room in crowded_groups(codes, occupied, level, sizes):
             left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
             target = spill(codes[rows, level], left, codebooks[level], room)
             moved = target != codes[rows, level]
@@ -1334,7 +1238,7 @@ def assign_distinct(
             for below in range(level + 1, levels):
                 left = left - codebooks[below - 1][codes[rows, below - 1]]
                 codes[rows, below] = cdist(left, codebooks[below]).argmin(1)
-    for rows, room in crowded_groups(codes, occupied, levels - 1, size):
+    for rows, room in crowded_groups(codes, occupied, levels - 1, sizes):
         free = np.flatnonzero(room)
         cost = last_costs(rows, codes[rows[0], :-1])[:, free]
         codes[rows, -1] = free[linear_sum_assignment(cost)[1]]
@@ -1386,7 +1290,7 @@ def make_distinct(
         return codes
     if collisions == "suffix":
         return add_suffix(codes, occupied)
-    codebooks = np.stack([quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers])
+    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
     costs = lambda rows, prefix: last_code_errors(model, x[rows], prefix)  # noqa: E731
     return assign_distinct(latents, codes, codebooks, costs, occupied)
 
@@ -1402,10 +1306,10 @@ class PreviousIDs(NamedTuple):
     retired: np.ndarray  # (R, w) IDs retired by then
 
 
-def read_previous(config: RQVAEConfig, shape: RQVAEConfig, names: pl.Series, provenance: dict[str, str]) -> PreviousIDs:
+def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, provenance: dict[str, str]) -> PreviousIDs:
     """The export that --keep_ids names, for items with these names; ends the run if it is unfit."""
-    path, way_out = Path(config.keep_ids), "name another export, or leave --keep_ids out for new IDs"
-    width, size = shape.codebook_quantization_levels + (config.collisions == "suffix"), shape.codebook_size
+    path, way_out = Path(config.keep_ids).expanduser(), "name another export, or leave --keep_ids out for new IDs"
+    width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
     columns = [f"semantic_id_{level}" for level in range(width)]
     with fail_on((*UNREADABLE, ValueError, TypeError), path, "damaged, or not an export with distinct IDs", way_out):
         metadata = pl.read_parquet_metadata(path)
@@ -1419,7 +1323,7 @@ def read_previous(config: RQVAEConfig, shape: RQVAEConfig, names: pl.Series, pro
         ids = table.select(pl.col(columns).cast(pl.Int64)).to_numpy()
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
         every = np.concatenate([ids, retired])
-        in_range = every.min() >= 0 and every[:, : shape.codebook_quantization_levels].max() < size
+        in_range = every.min() >= 0 and (every[:, :levels] < sizes).all()
         if not in_range or len(np.unique(every, axis=0)) < len(every) or table["parent_asin"].is_duplicated().any():
             raise ValueError("two items have one ID, or an ID is out of range")
     rows = table.select("parent_asin").with_row_index("row")
@@ -1456,16 +1360,15 @@ def keep_or_assign(
     ids, levels = previous.ids.copy(), codes.shape[1]
     is_new, retired = ids[:, 0] < 0, np.concatenate([previous.retired, previous.vanished])
     occupied = np.concatenate([ids[~is_new], retired])
-    free = math.inf if config.collisions == "suffix" else model.config.codebook_size**levels - len(occupied)
+    has_suffix = config.collisions == "suffix"  # then any codes are free
+    free = math.inf if has_suffix else math.prod(model.config.codebook_size) - len(occupied)
     if free < is_new.sum():
         trouble = f"{is_new.sum():,} new items, and only {free:,} IDs are left beside those kept and retired"
         fail(config.keep_ids, trouble, "train again with more codes or levels")
     rows = np.flatnonzero(~is_new & (ids[:, :levels] != codes).any(1))
     old_errors = decoded_errors(model, x[rows], ids[rows])
-    if config.collisions == "suffix":  # any codes are free with another suffix
-        best_errors = decoded_errors(model, x[rows], codes[rows])
-    else:
-        best_errors = best_free_errors(model, x[rows], codes[rows], occupied)
+    others = x[rows], codes[rows]
+    best_errors = decoded_errors(model, *others) if has_suffix else best_free_errors(model, *others, occupied)
     wants = is_better(best_errors, old_errors)
     rows, old_errors = rows[wants], old_errors[wants]
     if is_new.sum() + len(rows) <= free:
@@ -1481,32 +1384,24 @@ def keep_or_assign(
 def keeping_quality(model: RQVAE, x: Tensor, codes: np.ndarray, ids: np.ndarray, previous: PreviousIDs) -> dict:
     """Figures of an export with kept IDs (N, w), ready for JSON; codes (N, L) as encoded."""
     is_new, kept = previous.ids[:, 0] < 0, (ids == previous.ids).all(1)
-    errors = decoded_errors(model, x, ids)
-    changed = torch.from_numpy(decoded_errors(model, x[~kept], codes[~kept]))
-    judged = len(changed) >= RETRAIN_ITEMS and model.config.val_split > 0
-    return {
-        "kept": int(kept.sum()),
-        "moved": int((~is_new & ~kept).sum()),
-        "new": int(is_new.sum()),
-        "vanished": len(previous.vanished),
-        "unexplained_of_new": float(errors[is_new].mean()) if is_new.any() else None,
-        "unexplained_of_others": float(errors[~is_new].mean()) if not is_new.all() else None,
-        "loss_of_new_and_moved": cauchy_loss(changed).item() if judged else None,
-        "held_out_loss": model.metrics["val/reconstruction_loss"] if judged else None,
-    }
+    quality = {"kept": int(kept.sum()), "moved": int((~is_new & ~kept).sum())}
+    quality |= {"new": int(is_new.sum()), "vanished": len(previous.vanished)}
+    if (~kept).sum() >= RETRAIN_ITEMS and model.config.val_split > 0:
+        errors = torch.from_numpy(decoded_errors(model, x[~kept], codes[~kept]))
+        quality["loss_of_new_and_moved"] = cauchy_loss(errors).item()
+        quality["held_out_loss"] = model.metrics["val/reconstruction_loss"]
+    return quality
 
 
 # ---------------------------------------------------------------- quality of the IDs
 
 
 @torch.inference_mode()
-def reconstruction_quality(x: Tensor, decoded: Tensor) -> tuple[float | None, float]:
-    """Unexplained variance, sum |x - x^|^2 / sum |x - mean|^2 (None for equal items), and mean cosine: (N, D) both."""
+def unexplained_variance(x: Tensor, decoded: Tensor) -> float | None:
+    """sum |x - x^|^2 / sum |x - mean|^2 of x, decoded (N, D); None for equal items."""
     spread = x.var(0, correction=0).sum() * len(x)
     constant = spread <= ROUNDING * x.norm().square()
-    unexplained = None if constant else (F.mse_loss(decoded, x, reduction="sum") / spread).item()
-    products = torch.einsum("nd,nd->n", x, decoded)
-    return unexplained, (products / (x.norm(dim=1) * decoded.norm(dim=1)).clamp_min(1e-12)).mean().item()
+    return None if constant else (F.mse_loss(decoded, x, reduction="sum") / spread).item()
 
 
 @torch.inference_mode()
@@ -1552,25 +1447,25 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
 
     Counts are of the whole catalogue; figures that need embeddings are of a sample of at most QUALITY_ROWS items.
     """
-    n, levels, device = *encoded.shape, model.input_mean.device
+    n, levels, device, sizes = *encoded.shape, model.input_mean.device, model.config.codebook_size
     generator = torch.Generator().manual_seed(model.config.seed)
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
     queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
     x = (embeddings if n == len(rows) else embeddings[rows]).to(device)  # (M, D)
 
-    def decode(codes: np.ndarray) -> tuple[Tensor, dict[str, float | None]]:
-        decoded = model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
-        unexplained, cosine = reconstruction_quality(x, decoded)
-        return decoded, {"unexplained_variance": unexplained, "mean_cosine": cosine}
+    def decode(codes: np.ndarray) -> Tensor:
+        return model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
 
-    quality = {"items": n, "sampled_items": len(rows), "recall_queries": len(queries)}
-    quality |= {"codebook_size": model.config.codebook_size, "coherence_of_any_two": coherence(x, encoded[rows], 0)}
+    quality = {"items": n, "sampled_items": len(rows), "recall_queries": len(queries), "codebook_size": sizes}
+    quality["coherence_of_any_two"] = coherence(x, encoded[rows], 0)
     quality["displaced"] = float((written[:, :levels] != encoded).any(1).mean())
-    quality["levels"] = level_statistics(encoded, model.config.codebook_size)
+    quality["levels"] = level_statistics(encoded, sizes)
     for level, figures in enumerate(quality["levels"], start=1):  # each with the levels above it
-        figures |= decode(encoded[:, :level])[1] | {"coherence": coherence(x, encoded[rows], level)}
+        figures["unexplained_variance"] = unexplained_variance(x, decode(encoded[:, :level]))
+        figures["coherence"] = coherence(x, encoded[rows], level)
     for name, codes in (("as_encoded", encoded), ("as_written", written)):
-        decoded, figures = decode(codes[:, :levels])
+        decoded = decode(codes[:, :levels])
+        figures = {"unexplained_variance": unexplained_variance(x, decoded)}
         quality[name] = code_statistics(codes) | figures | {"recall@10": neighbour_recall(x, decoded, queries)}
     return quality
 
@@ -1613,14 +1508,14 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
 
 def print_report(quality: dict, tree: str) -> None:
     items, sampled, queries = quality["items"], quality["sampled_items"], quality["recall_queries"]
-    print(f"\n{items:,} items, {len(quality['levels'])} levels of {quality['codebook_size']} codes")
+    print(f"\n{items:,} items, codebooks of {' × '.join(map(str, quality['codebook_size']))} codes")
     rows = []
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
         bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
         rows.append({"level": i} | {name: value for name, value in level.items() if value is not counts} | bars)
     print_table(rows)
-    print("unexplained variance and cosine: of the reconstruction from the codes down to that level")
+    print("unexplained variance: of the reconstruction from the codes down to that level")
     any_two = quality["coherence_of_any_two"] or 1
     print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
@@ -1629,19 +1524,14 @@ def print_report(quality: dict, tree: str) -> None:
     print(f"recall@10 is of {queries:,} items{sample}")
     displaced, norm = quality["displaced"], quality["residual_norm"]
     print(f"{displaced:.2%} of the items have other codes than as encoded; mean norm of the last residual {norm:.3f}")
-    if "keep_ids" in quality:
-        print_keeping(quality["keep_ids"])
+    if keeping := quality.get("keep_ids"):
+        counts = "{kept:,} items keep their ID, {moved:,} moved to another, {new:,} are new, {vanished:,} have vanished"
+        print("\n" + counts.format_map(keeping))
+        loss, held_out = keeping.get("loss_of_new_and_moved", 0), keeping.get("held_out_loss", 0)
+        if loss > RETRAIN_RATIO * held_out:
+            trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
+            warn(f"the model no longer fits this catalogue ({trouble}): train again")
     print(f"\nsome prefixes and their items:\n{tree}")
-
-
-def print_keeping(quality: dict) -> None:
-    counts = (f"{quality[name]:,}" for name in ("kept", "moved", "new", "vanished"))
-    print("\n{} items keep their ID, {} moved to another, {} are new, {} have vanished".format(*counts))
-    print_table([{f"unexplained, of {name}": quality[f"unexplained_of_{name}"] for name in ("new", "others")}])
-    loss, held_out = quality["loss_of_new_and_moved"], quality["held_out_loss"]
-    if loss is not None and loss > RETRAIN_RATIO * held_out:
-        trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
-        warn(f"the model no longer fits this catalogue ({trouble}): train again")
 
 
 # ---------------------------------------------------------------- export
@@ -1656,14 +1546,14 @@ def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]
 
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
     """Encode the whole catalogue, make the IDs distinct, write them, and report their quality."""
-    metadata, x = provenance(config, dataset), dataset.embeddings
-    previous = config.keep_ids and read_previous(config, model.config, dataset.parent_asin, metadata)
+    metadata, x, sizes = provenance(config, dataset), dataset.embeddings, model.config.codebook_size
+    previous = config.keep_ids and read_previous(config, sizes, dataset.parent_asin, metadata)
     latents, codes, norms = encode_catalogue(model, x)
     latents, codes = latents.cpu().numpy(), codes.cpu().numpy()
     if previous:
         ids, retired = keep_or_assign(model, x, latents, codes, config, previous)
     else:
-        retired = np.empty((0, codes.shape[1] + (config.collisions == "suffix")), dtype=np.int64)
+        retired = np.empty((0, len(sizes) + (config.collisions == "suffix")), dtype=np.int64)
         ids = make_distinct(model, x, latents, codes, config.collisions, retired)
 
     columns = [pl.Series(f"semantic_id_{level}", column, dtype=pl.Int32) for level, column in enumerate(ids.T)]
@@ -1692,10 +1582,11 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
 def start_wandb(config: RQVAEConfig, run_id: str | None):
     """An online run if an API key is configured, else an offline one; WANDB_MODE decides if it is set."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
-    options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
-    options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoint_dir)}
-    options |= {"settings": wandb.Settings(console="off", init_timeout=30)}
-    with fail_on((wandb.errors.UsageError, ValueError), "W&B", "wrong setting", "change --wandb_project or WANDB_MODE"):
+    way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
+    with fail_on((wandb.errors.Error, ValueError), "W&B", "refuses its settings", way_out):
+        options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
+        options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
+        options["settings"] = wandb.Settings(console="off", init_timeout=30)
         try:
             mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
             run = wandb.init(mode=mode, **options)
@@ -1729,14 +1620,14 @@ def upload_best(run, model: RQVAE, config: RQVAEConfig) -> None:
 # ---------------------------------------------------------------- main
 
 
-def check_sizes(n: int, plan: Plan | None, shape: RQVAEConfig, config: RQVAEConfig) -> None:
+def check_sizes(n: int, config: RQVAEConfig, plan: Plan | None = None) -> None:
     """End the run if n items or the planned steps do not suffice for the flags."""
-    levels, size = shape.codebook_quantization_levels, shape.codebook_size
-    if config.collisions == "assign" and n > size**levels:
-        trouble = f"{n:,} items, but only {size**levels:,} IDs with {levels} levels of {size} codes"
+    ids, most = math.prod(config.codebook_size), max(config.codebook_size)
+    if config.collisions == "assign" and n > ids:
+        trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
         fail(config.source, trouble, "use more levels or codes, or --collisions suffix")
-    if plan and config.use_kmeans_init and len(plan.train_rows) * WORLD < size:
-        trouble = f"{len(plan.train_rows) * WORLD} training items, fewer than the {size} codes of k-means"
+    if plan and config.use_kmeans_init and len(plan.train_rows) * WORLD < most:
+        trouble = f"{len(plan.train_rows) * WORLD} training items, fewer than the {most} codes of k-means"
         fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
     if plan and plan.autoencoder_steps >= plan.total_steps:
         trouble = f"leaves no step of the {plan.total_steps} to train the codes"
@@ -1750,10 +1641,30 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
-    for name in MODEL_FIELDS:
-        asked, default, own = (getattr(each, name) for each in (config, RQVAEConfig(), trained))
-        if asked not in (default, own):
+    for name, own in asdict(trained).items():
+        asked, default = getattr(config, name), getattr(RQVAEConfig(), name)
+        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
+
+
+def check_replaced(config: RQVAEConfig, n: int) -> None:
+    """End the run if it would replace a result of another catalogue, or a trial one of more rows, unasked."""
+    if config.overwrite:
+        return
+    way_out = "--overwrite replaces it; --checkpoint_dir and --data_dir name other places"
+    with suppress(ValueError):
+        old = {} if config.export_only else read_checkpoint(config.best_path)
+        was = trained_config(old) if old else config
+        for name in ("category", "data_dir"):
+            theirs, ours = getattr(was, name), getattr(config, name)
+            if theirs != ours and Path(theirs).expanduser().resolve() != Path(ours).expanduser().resolve():
+                fail(config.best_path, f"a model with --{name} {theirs}, not {ours}", way_out)
+        if config.num_rows and old.get("items", 0) > n:
+            fail(config.best_path, f"a model of {old['items']:,} items, this trial has {n:,}", way_out)
+    with suppress(*UNREADABLE):
+        items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
+        if config.num_rows and items > n:
+            fail(config.ids_path, f"IDs of {items:,} items, this trial has {n:,}", way_out)
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1766,7 +1677,11 @@ def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
-    check_inputs(config)
+    check_file(config.source, "run embed_items.py first")
+    if config.export_only:
+        check_file(config.best_path, "train first, or name another --checkpoint_dir")
+    if config.keep_ids:
+        check_file(Path(config.keep_ids).expanduser(), "name an earlier export, or leave --keep_ids out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
@@ -1785,7 +1700,9 @@ def main(argv: list[str] | None = None) -> int:
     if config.export_only:
         model = load_model(config.best_path)
         check_model(model.config, config, dim)
-        check_sizes(n, None, model.config, config)
+        config.codebook_size = model.config.codebook_size
+        check_sizes(n, config)
+        check_replaced(config, n)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1793,7 +1710,7 @@ def main(argv: list[str] | None = None) -> int:
         config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        check_sizes(n, plan, config, config)
+        check_sizes(n, config, plan)
         final = None if config.overwrite else read_if_same_run(config.final_path, config, data)
         is_trained = final and final["step"] == plan.total_steps and read_if_same_run(config.best_path, config, data)
         if is_trained and is_exported(config, dataset):
@@ -1803,31 +1720,34 @@ def main(argv: list[str] | None = None) -> int:
             resumed = find_resumed(config, data, plan.total_steps) if config.resume else None
             start = resumed["step"] if resumed else 0
             if all_sum(torch.tensor(start)).item() != start * WORLD:
-                fail(config.checkpoint_dir, "not the same for all processes", "put it on a shared file system")
+                fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
             if resumed:
                 plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
-                check_sizes(n, plan, config, config)
-            elif numbered_checkpoints(Path(config.checkpoint_dir)):
-                warn(f"the checkpoints in {config.checkpoint_dir} will be replaced; --resume would go on from them")
+                check_sizes(n, config, plan)
+            else:
+                check_replaced(config, n)
+                if numbered_checkpoints(config.checkpoints):
+                    warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
             if not train(config, dataset.embeddings.to(device), plan, data, resumed, run):
-                print0(f"interrupted: saved in {config.checkpoint_dir}; go on with the same command and --resume")
+                print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
                 return 130
-        if RANK == 0:
-            model = load_model(config.best_path)
-            if (best := model.metrics["step"]) < plan.total_steps / 2:
-                trouble = f"the best model is of step {best:,} of {plan.total_steps:,}, the later ones overfit"
-                warn(f"{trouble}; README has flags by the size of the catalogue")
 
     # IDs
-    if RANK == 0:
-        if WORLD > 1:
-            dataset = EmbeddingDataset(config.source, config.num_rows)
-        if run:
-            upload_best(run, model, config)
-        export(model.to(device), dataset, config, run)
-        if run:
-            run.finish()
+    if RANK > 0:
+        return 0
+    if WORLD > 1:
+        dataset = EmbeddingDataset(config.source, config.num_rows)
+    if not config.export_only:
+        model = load_model(config.best_path)
+        if (best := model.metrics["step"]) < plan.total_steps / 2:
+            trouble = f"the best model is of step {best:,} of {plan.total_steps:,}, the later ones overfit"
+            warn(f"{trouble}; README has flags by the size of the catalogue")
+    if run:
+        upload_best(run, model, config)
+    export(model.to(device), dataset, config, run)
+    if run:
+        run.finish()
     return 0
 
 
