@@ -105,11 +105,11 @@ def fit(optimizer: torch.optim.Adam, loss_of: Callable[[Tensor], Tensor], task: 
 
 
 def usual_recipe(task: Task) -> System:
-    config = train_rqvae.RQVAEConfig(item_embedding_dim=task.x.shape[1], use_rotation_trick=True)
+    config = train_rqvae.RQVAEConfig(item_embedding_dim=task.x.shape[1], use_rotation_trick=True, seed=task.seed)
     model = train_rqvae.RQVAE(config)  # its mean and scale stay 0 and 1: unit vectors as they are
     with torch.no_grad():
         latents = model.encode(task.x)
-    train_rqvae.init_codebooks(model, latents, task.flags.batch_size, task.seed)
+    train_rqvae.init_codebooks(model, latents, task.flags.batch_size)
 
     optimizer = torch.optim.Adam(model.parameters())
     usage, steps = torch.zeros(LEVELS, SIZE, dtype=torch.int64), itertools.count(1)
@@ -209,10 +209,10 @@ FORMS = {  # figure: how it is printed
 def figures(x: Tensor, codes: Tensor, decoded: Tensor) -> dict[str, float | None]:
     """Of x (N, D) with these codes (N, L), decoded (N, D): the lowest usage and perplexity of a level."""
     codes = codes.numpy()
-    levels = train_rqvae.level_statistics(codes, SIZE)
+    levels = train_rqvae.level_statistics(codes, [SIZE] * LEVELS)
     queries = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: train_rqvae.RECALL_QUERIES]
     return {
-        "unexplained": train_rqvae.reconstruction_quality(x, decoded)[0],
+        "unexplained": train_rqvae.unexplained_variance(x, decoded),
         "recall@10": train_rqvae.neighbour_recall(x, decoded, queries),
         "distinct": train_rqvae.code_statistics(codes)["distinct"],
         "usage": min(level["usage"] for level in levels),
@@ -243,7 +243,7 @@ def compare(path: Path, flags: argparse.Namespace) -> dict[str, list[dict[str, f
                 with torch.no_grad():
                     codes, guess = system.encode(x), system.decode(system.encode(held_out))
                     row = figures(x, codes, system.decode(codes)) | {"seconds": seconds}
-                    row["held out"] = train_rqvae.reconstruction_quality(held_out, guess)[0]
+                    row["held out"] = train_rqvae.unexplained_variance(held_out, guess)
                     found[name].append(row)
                     if system.written is not None:
                         found[f"{name}, as written"].append(figures(x, system.written, system.decode(system.written)))

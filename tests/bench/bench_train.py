@@ -83,7 +83,7 @@ def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Cal
     pieces = math.ceil(rows / train_rqvae.ROWS_PER_PASS[x.device.type])
     rows //= pieces
     sizes = [config.item_embedding_dim, *config.encoder_hidden_dims, config.codebook_embedding_dim]
-    size, dim = config.codebook_size, config.codebook_embedding_dim
+    dim = config.codebook_embedding_dim
 
     def product(n: int, inner: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         empty = lambda *shape: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
@@ -96,7 +96,7 @@ def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Cal
             if i or stack is not sizes:  # the inputs need no gradient
                 products.append(product(rows, fan_out, fan_in, dtype))
     beams = 1
-    for _ in range(config.codebook_quantization_levels):
+    for size in config.codebook_size:
         products.append(product(rows * beams, dim, size, torch.float32))
         beams = min(width, beams * size)
     if width > 1:
@@ -111,7 +111,7 @@ def residual_vq_step(config: train_rqvae.RQVAEConfig, x: Tensor) -> Callable[[],
     target = shell.standardise(x)
     quantizer = ResidualVQ(
         dim=config.codebook_embedding_dim, num_quantizers=config.codebook_quantization_levels,
-        codebook_size=config.codebook_size, kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=2,
+        codebook_size=config.codebook_size[0], kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=2,
     ).to(x.device)  # fmt: skip
     parameters = [*shell.encoder.parameters(), *shell.decoder.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
