@@ -65,12 +65,12 @@ RANK, WORLD, LOCAL_RANK = (
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
-print0 = print if RANK == 0 else lambda *_: None
+print0 = print if RANK == 0 else lambda *_, **__: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
-ERROR_SCALE = 0.5  # share of the variance; above it an error counts less, and items that differ little count more
-ADAM_BETAS = (0.9, 0.95)  # a short memory of squares suits a few thousand steps at a high learning rate
+ERROR_SCALE = 0.5  # error, as a share of the variance, from which on the loss rises only by its logarithm
+ADAM_BETAS = (0.9, 0.95)  # 0.95 instead of 0.999, as runs on a CPU have only thousands of steps
 MAX_AUTOENCODER_STEPS = 1000
 KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
 LAST_RESET = 0.8  # share of the steps; a code revived later would not settle
@@ -78,7 +78,7 @@ SEARCH_FROM = 0.5  # share of the steps; before it the nearest codes are good en
 TRAINING_SEARCH_WIDTH = 4  # candidate IDs decoded per item, in training and validation
 SEARCH_WIDTH = 32  # the same in the export
 TIE_TOLERANCE = 0.03  # validation losses this close are a tie, and the later checkpoint wins it
-ROUNDING = 1e-10  # a variance below this share of the mean square is rounding
+ROUNDING = 1e-10  # variance / mean square; below it all rows are equal
 
 # rows in memory at once; on a CPU few enough for the activations to stay in cache
 ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # training
@@ -88,26 +88,26 @@ ROWS_READ = 2**13  # of the parquet file
 # keeping IDs and report
 KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many times smaller
 MIN_ERROR = 1e-3  # share of the variance; smaller errors count as this
-RETRAIN_RATIO, RETRAIN_ITEMS = 1.25, 30  # loss of new items over that of held-out ones; items needed to judge
+RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of held-out ones
+RETRAIN_ITEMS = 30  # fewer new items prove nothing
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
 RECALL_QUERIES, NEIGHBOURS = 1000, 10
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-MAY_BE_ZERO = (
-    "seed", "commitment_weight", "ema_decay", "min_lr", "warmup_steps", "gradient_clip_norm", "input_noise",
-    "input_mixing", "autoencoder_steps", "val_split",
-)  # fmt: skip
-AT_LEAST = {"codebook_size": 2, "max_lr": 1e-12, "max_steps": -1} | dict.fromkeys(MAY_BE_ZERO, 0)  # others: 1
-AT_MOST = {  # others: 10^12
-    "seed": 2**31, "item_embedding_dim": 2**16, "encoder_hidden_dims": 2**16, "codebook_embedding_dim": 2**14,
-    "codebook_quantization_levels": 64, "codebook_size": 2**16, "ema_decay": 0.999999, "val_split": 0.99,
+MANY = 10**12
+BOUNDS = {  # least and most of the numeric flags; 1 and MANY of all others
+    "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
+    "codebook_embedding_dim": (1, 2**14), "codebook_quantization_levels": (1, 64), "codebook_size": (2, 2**16),
+    "commitment_weight": (0, MANY), "max_lr": (1e-12, MANY), "min_lr": (0, MANY), "warmup_steps": (0, MANY),
+    "gradient_clip_norm": (0, MANY), "input_noise": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
+    "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
-SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not in checkpoints
 FREE_FIELDS = {  # may change with --resume
-    "data_dir", "checkpoint_dir", "num_rows", "device", "num_epochs", "max_steps", "steps_per_train_log",
-    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
+    "data_dir", "checkpoint_dir", "num_rows", "device", "dtype", "num_epochs", "max_steps", "steps_per_train_log",
+    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", "resume",
+    "overwrite", "export_only", "keep_ids",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -154,7 +154,7 @@ class RQVAEConfig:
     input_mixing: float = HfArg(default=0.1, help="Mix inputs in pairs, weights from Beta(a, a); 0 for none.")
 
     use_kmeans_init: bool = HfArg(default=True, help="Start the codes from k-means of an autoencoder's latents.")
-    autoencoder_steps: int | None = HfArg(default=None, help="Steps before k-means; by default a fifth, at most 1000.")
+    autoencoder_steps: int | None = HfArg(default=None, help="Steps before k-means; by default a fifth, up to 1000.")
     reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
     steps_per_codebook_reset: int = HfArg(default=50, help="Steps between two looks for unused codes.")
 
@@ -176,16 +176,22 @@ class RQVAEConfig:
     )
 
     def __post_init__(self):
-        sizes = self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size]
-        levels = self.codebook_quantization_levels or (3 if len(sizes) == 1 else len(sizes))
-        if len(sizes) not in (1, levels):
-            raise ValueError(f"--codebook_size: {len(sizes)} sizes for {levels} levels; give one, or one a level")
-        self.codebook_quantization_levels, self.codebook_size = levels, sizes * (levels // len(sizes))
         for name, value in vars(self).items():
-            least, most = AT_LEAST.get(name, 1), AT_MOST.get(name, 10**12)
+            least, most = BOUNDS.get(name, (1, MANY))
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float) and not least <= number <= most:
                     raise ValueError(f"--{name} {number}: must be at least {least:,} and at most {most:,}")
+        sizes = self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size]
+        if self.codebook_quantization_levels is None:
+            self.codebook_quantization_levels = 3 if len(sizes) == 1 else len(sizes)
+        self.codebook_size = sizes * self.codebook_quantization_levels if len(sizes) == 1 else sizes
+        if len(self.codebook_size) != self.codebook_quantization_levels:
+            levels = f"{self.codebook_quantization_levels} levels"
+            raise ValueError(f"--codebook_size {self.codebook_size}: not one size for each of {levels}")
+        if self.max_steps == 0:
+            raise ValueError("--max_steps 0: must be -1 or at least 1")
+        if self.autoencoder_steps and not self.use_kmeans_init:
+            raise ValueError("--autoencoder_steps: needs k-means, so not --use_kmeans_init False")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
         if self.keep_ids and not self.export_only:
@@ -307,7 +313,7 @@ def choose_dtype(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory: the kernel clears each page that it hands out again, up to 20% of the CPU time."""
+    """Tell glibc to keep freed memory; to clear the pages of new memory took the kernel up to 20% of the CPU time."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
@@ -324,9 +330,13 @@ def lock(path: Path) -> IO:
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
-    with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", "wait for that one"):
+    try:
         if os.name == "posix":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # any other OSError: a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(path, "another run is writing it", "wait for that one, or choose another folder")
+    except OSError:
+        pass  # a file system without locks
     return file
 
 
@@ -384,7 +394,11 @@ class EmbeddingDataset:
             label = pl.coalesce(pl.col(texts).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH))
             rows = file.slice(first, end - first).with_row_index("row", offset=first)
             table = rows.select("row", "parent_asin", label.alias("label")).collect().sort("parent_asin")
-            vectors = self._read_vectors(path, rows.select(pl.col("embedding").cast(pl.List(pl.Float32))), table["row"])
+            lists = pl.col("embedding").cast(pl.List(pl.Float32))
+            dim = file.select(lists.head(1).list.len()).collect().item()
+            if not dim:
+                fail(path, "the first embedding is null or empty", "run embed_items.py again")
+            vectors = self._read_vectors(path, rows.select(lists), table["row"], dim)
         self.parent_asin, self.labels, self.file_rows = table["parent_asin"], table["label"], table["row"].to_numpy()
         crcs = (zlib.crc32(x, zlib.crc32(name.encode())) for name, x in zip(self.parent_asin, vectors, strict=True))
         self.checksum = sum(crcs) if world == 1 else all_sum(torch.tensor(sum(crcs))).item()
@@ -392,12 +406,9 @@ class EmbeddingDataset:
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
     @staticmethod
-    def _read_vectors(path: Path, lists: pl.LazyFrame, file_rows: pl.Series) -> np.ndarray:
-        """A column of lists that begins at the least of file_rows (n), in their order: (n, D)."""
+    def _read_vectors(path: Path, lists: pl.LazyFrame, file_rows: pl.Series, dim: int) -> np.ndarray:
+        """Read n consecutive lists of the file and return them in the order of file_rows (n): (n, D)."""
         place = np.argsort(file_rows.to_numpy())  # (n) where each list goes
-        dim = lists.head(1).collect().to_series().list.len().item()
-        if not dim:
-            fail(path, "the first embedding is null or empty", "run embed_items.py again")
         vectors = np.full((len(place), dim), np.nan, dtype=np.float32)
         for start in range(0, len(place), ROWS_READ):
             column = lists.slice(start, ROWS_READ).collect().to_series()
@@ -449,9 +460,9 @@ def rotate_to(x: Tensor, code: Tensor) -> Tensor:
 class Quantized(NamedTuple):
     """Output of one quantizer level, or of the residual walk down all of them."""
 
-    codes: Tensor  # (B) int64 of a level, (B, L) of all
-    vectors: Tensor  # (B, E) of a level: the codes' vectors, without gradient; of all: their sum, with the estimator's
-    loss: Tensor  # () codebook loss + beta commitment loss, summed over the levels
+    codes: Tensor  # (B) int64; (B, L) of all levels
+    vectors: Tensor  # (B, E) the codes' vectors, detached; of all levels their sum, with the estimator's gradient
+    loss: Tensor  # () codebook loss + beta commitment loss; the sum over the levels
 
 
 class VectorQuantizer(nn.Module):
@@ -473,11 +484,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
-        """Move codes: which (M) indices, vectors (M, E), items (M) that each code gets per step."""
+        """Move codes: which (M) indices, vectors (M, E), items (M) expected a step, from which the EMA counts start."""
         self.codebook[which] = vectors
-
-    def end_step(self) -> None:
-        """Called after each optimizer step."""
 
 
 class EMAVectorQuantizer(VectorQuantizer):
@@ -487,8 +495,10 @@ class EMAVectorQuantizer(VectorQuantizer):
     small batches equals one large batch.
     """
 
-    def __init__(self, *sizes, ema_decay: float = 0.99):
-        super().__init__(*sizes)
+    def __init__(
+        self, codebook_size: int, codebook_embedding_dim: int, commitment_weight: float = 0.25, ema_decay: float = 0.99
+    ):
+        super().__init__(codebook_size, codebook_embedding_dim, commitment_weight)
         self.ema_decay, codebook = ema_decay, self.codebook.detach()
         del self.codebook  # a buffer instead of a parameter
         self.register_buffer("codebook", codebook)
@@ -623,9 +633,9 @@ class RQVAE(nn.Module):
         return codes[torch.arange(len(codes), device=codes.device), nearest]
 
     def forward(self, x: Tensor, target: Tensor, search_width: int) -> tuple[Tensor, Tensor | None]:
-        """Loss terms (3), total = reconstruction + vq, and codes (B, L), of inputs x (B, D) for targets (B, D).
+        """Reconstruct target (B, D) from x (B, D). Returns the loss terms (3), total, reconstruction and vq, and codes.
 
-        The codes are the best of `search_width` IDs; 1 takes the nearest codes, 0 trains a plain autoencoder.
+        The codes (B, L) are the best of `search_width` IDs; 1 takes the nearest codes, 0 none: a plain autoencoder.
         """
         latents, codes, vq = self.encode(x), None, torch.zeros((), device=x.device)
         if search_width:
@@ -707,13 +717,13 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int) -> None:
 
 @torch.no_grad()
 def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_step: int) -> None:
-    """End the autoencoder training: codebooks from the latents of `rows` of embeddings (N, D) of all processes."""
+    """End the autoencoder training: k-means of the latents of `rows` of embeddings (N, D), from all processes."""
     parts = rows.split(chunk_rows(embeddings.device, 1))
     latents = torch.cat([model.encode(model.standardise(embeddings[part])) for part in parts])
     latents = gathered(latents).to(embeddings.device)
     if not latents.isfinite().all():
         diverged("latents became NaN or infinite before k-means")
-    if RANK == 0:
+    if RANK == 0:  # changes the MLPs and the codebooks here; the others get copies
         init_codebooks(model, rescale_latents(model, latents), rows_per_step)
     copy_from_rank_0(model)
 
@@ -738,7 +748,7 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> None
 
 
 def code_statistics(codes: np.ndarray) -> dict[str, float]:
-    """Of IDs (N, L): the proportion of unique IDs, distinct IDs / items, and the items of the most common ID."""
+    """Of IDs (N, L): the proportion of unique IDs (distinct IDs / items) and the number of items of the commonest."""
     sizes = np.bincount(prefix_keys(codes, codes.shape[1]))  # items an ID
     return {"distinct": len(sizes) / len(codes), "largest_collision": int(sizes.max())}
 
@@ -760,7 +770,7 @@ def level_statistics(codes: np.ndarray, sizes: list[int]) -> list[dict]:
 def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH) -> tuple[Tensor, ...]:
     """Latents (N, E), codes (N, L) and norms (N) of the last residual, of embeddings (N, D) as stored."""
     n, device, config = len(embeddings), model.input_mean.device, model.config
-    # allocated at once: small tensors that stay between large ones that go would break up the memory
+    # allocated first: small results between large temporary tensors would fragment the memory
     latents = torch.empty(n, config.codebook_embedding_dim, device=device)
     codes = torch.empty(n, config.codebook_quantization_levels, dtype=torch.int64, device=device)
     norms = torch.empty(n, device=device)
@@ -844,7 +854,7 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 def mismatch(checkpoint: dict, config: RQVAEConfig, data: int) -> str | None:
     """Why a checkpoint belongs to another run; None if it belongs to this one."""
-    trained = asdict(trained_config(checkpoint))
+    trained = asdict(trained_config(checkpoint))  # a ValueError if it breaks the bounds of today
     for name, value in asdict(config).items():
         if name not in FREE_FIELDS and trained[name] != value:
             return f"trained with --{name} {trained[name]}, not {value}"
@@ -865,10 +875,11 @@ def find_resumed(config: RQVAEConfig, data: int, total_steps: int) -> dict | Non
     for step, path in numbered_checkpoints(config.checkpoints).items():
         try:
             checkpoint = read_checkpoint(path)
+            trouble = mismatch(checkpoint, config, data)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        if trouble := mismatch(checkpoint, config, data):
+        if trouble:
             fail(path, trouble, way_out)
         if step > total_steps:
             fail(path, f"trained for more than {total_steps} steps", "raise --max_steps, or train without --resume")
@@ -927,7 +938,9 @@ def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes an update orthogonal; scaled as in
     arXiv:2502.16982, section 2.2, one learning rate suits both.
     """
-    inner = [layer.weight for stack in (model.encoder, model.decoder) for layer in stack[2:-1:2]]  # the rest are SiLUs
+    inner = [
+        layer.weight for stack in (model.encoder, model.decoder) for layer in stack[2:-1:2]
+    ]  # every other one is a SiLU
     others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in inner)]
     optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS, fused=True)]
     if inner:
@@ -948,8 +961,8 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
     """Standardised training inputs and targets (B, D) of embeddings x (B, D) as stored.
 
     Against overfitting of a small catalogue: pairs are mixed with weights from Beta(mixing, mixing), as in mixup
-    (arXiv:1710.09412), and stretched to their former variance; the inputs then get noise of this size and random
-    sign that the targets lack, as in a denoising autoencoder.
+    (arXiv:1710.09412), and stretched to their former variance. Then +noise or -noise is added to each number of the
+    inputs, not of the targets, as in a denoising autoencoder.
     """
     stretch = 1 / model.input_scale
     drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS has no Beta, and perhaps not every int32
@@ -973,14 +986,14 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
 def train_step(
     model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, search_width: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """One optimizer step on `rows` (R) of embeddings (N, D), of which nothing waits for the GPU.
+    """One optimizer step on `rows` (R) of embeddings (N, D). It never waits for the GPU.
 
     Returns the loss terms (3), the codes (R, L), None in an autoencoder step, and the gradient norm before clipping.
     """
     config = model.config
     batch_size = min(max(1, config.batch_size // WORLD), ROWS_PER_PASS[embeddings.device.type])
     terms, codes = torch.zeros(3, device=embeddings.device), []
-    for batch in rows.chunk(math.ceil(len(rows) / batch_size)):  # of one size, so that each has rows to mix
+    for batch in rows.tensor_split(math.ceil(len(rows) / batch_size)):  # of equal sizes, so that each has rows to mix
         inputs, target = augment(embeddings.index_select(0, batch), model, noise, config.input_mixing)
         batch_terms, batch_codes = model(inputs, target, search_width)
         batch_terms = batch_terms * (len(batch) / len(rows))
@@ -992,7 +1005,7 @@ def train_step(
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    for quantizer in model.quantizers if search_width else ():
+    for quantizer in model.quantizers if search_width and config.use_ema_vq else ():
         quantizer.end_step()
     return terms, torch.cat(codes) if search_width else None, norm
 
@@ -1039,7 +1052,7 @@ class TrainingState:
             return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
-            "config": {name: value for name, value in asdict(self.config).items() if name not in SWITCHES},
+            "config": asdict(self.config),
             "step": self.step,
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
@@ -1052,7 +1065,7 @@ class TrainingState:
         atomic_write({path: file.getvalue()})
 
     def save_numbered(self) -> None:
-        """Save all that an exact resume needs; delete old numbered checkpoints and those of a longer run."""
+        """Save all that an exact resume needs; delete old numbered checkpoints, and later ones of an earlier run."""
         self.save(
             self.config.checkpoints / f"checkpoint_step_{self.step}.pth",
             optimizer_states=[optimizer.state_dict() for optimizer in self.optimizers],
@@ -1109,7 +1122,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resume
     if device.type == "cpu":
         keep_freed_memory()
     print0(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, MLPs trained in {config.dtype}")
-    print0(f"{len(plan.val_rows) * WORLD:,} items held out, {size * WORLD:,} items a step")
+    print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
     print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
     model.train()
     order, stopping = None, False
@@ -1144,7 +1157,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resume
                     reset_codes(model, embeddings[rows[: config.batch_size]], state.usage, state.optimizers[0])
                     state.usage.zero_()
 
-            stopping = all_sum(torch.tensor(len(requests))).item() > 0 and step < total
+            stopping = all_sum(torch.tensor(len(requests))).item() > 0
             saving = stopping or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
@@ -1199,10 +1212,10 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
 
 
 def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: list[int]) -> Iterator[tuple]:
-    """Items with equal first `level` codes, if some next code has more of them than free IDs below it.
+    """Groups of items with equal first `level` codes in which some next code has more items than free IDs below it.
 
-    codes (N, L), occupied (T, L) IDs that are given, sizes (L) of the codebooks -> rows (n), and the free IDs below
-    each next code (K).
+    codes (N, L), occupied (T, L) IDs already given, sizes (L) of the codebooks -> for each group its rows (n), and the
+    number of free IDs below each next code (K).
     """
     n, size, all_ids = len(codes), sizes[level], np.concatenate([codes, occupied])
     capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code, capped to stay small
@@ -1246,7 +1259,7 @@ def assign_distinct(
 
 
 def add_suffix(codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """TIGER's suffix (section 3.1): codes (N, L) and a number that counts the items of equal codes, (N, L + 1).
+    """TIGER's suffix (section 3.1): codes (N, L) and a running number among items of equal codes: (N, L + 1).
 
     It goes on from the largest number in occupied (T, L + 1).
     """
@@ -1299,11 +1312,11 @@ def make_distinct(
 
 
 class PreviousIDs(NamedTuple):
-    """An earlier export, for the items of now (N). IDs have w codes: L, or L + 1 with a suffix."""
+    """An earlier export, matched to the current items (N). IDs have w codes: L, or L + 1 with a suffix."""
 
     ids: np.ndarray  # (N, w), rows of -1 for new items
     vanished: np.ndarray  # (V, w) IDs of items that are gone
-    retired: np.ndarray  # (R, w) IDs retired by then
+    retired: np.ndarray  # (R, w) IDs that it had already retired
 
 
 def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, provenance: dict[str, str]) -> PreviousIDs:
@@ -1325,7 +1338,7 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, prove
         every = np.concatenate([ids, retired])
         in_range = every.min() >= 0 and (every[:, :levels] < sizes).all()
         if not in_range or len(np.unique(every, axis=0)) < len(every) or table["parent_asin"].is_duplicated().any():
-            raise ValueError("two items have one ID, or an ID is out of range")
+            raise ValueError("an item or an ID occurs twice, or an ID is out of range")
     rows = table.select("parent_asin").with_row_index("row")
     row = names.to_frame("parent_asin").join(rows, on="parent_asin", how="left", maintain_order="left")["row"]
     ids_now = np.where(row.is_not_null().to_numpy()[:, None], ids[row.fill_null(0).to_numpy()], -1)
@@ -1345,7 +1358,7 @@ def best_free_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.nd
     return best
 
 
-def is_better(errors: np.ndarray, old_errors: np.ndarray) -> np.ndarray:
+def is_clearly_better(errors: np.ndarray, old_errors: np.ndarray) -> np.ndarray:
     return KEPT_ERROR * np.maximum(errors, MIN_ERROR) < old_errors
 
 
@@ -1367,13 +1380,17 @@ def keep_or_assign(
         fail(config.keep_ids, trouble, "train again with more codes or levels")
     rows = np.flatnonzero(~is_new & (ids[:, :levels] != codes).any(1))
     old_errors = decoded_errors(model, x[rows], ids[rows])
-    others = x[rows], codes[rows]
-    best_errors = decoded_errors(model, *others) if has_suffix else best_free_errors(model, *others, occupied)
-    wants = is_better(best_errors, old_errors)
-    rows, old_errors = rows[wants], old_errors[wants]
+    if has_suffix:
+        best_errors = decoded_errors(model, x[rows], codes[rows])
+    else:
+        best_errors = best_free_errors(model, x[rows], codes[rows], occupied)
+    may_move = is_clearly_better(best_errors, old_errors)
+    rows, old_errors = rows[may_move], old_errors[may_move]
     if is_new.sum() + len(rows) <= free:
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
-        moves = is_better(decoded_errors(model, x[rows], offered), old_errors)  # two items may want the same ID
+        moves = is_clearly_better(
+            decoded_errors(model, x[rows], offered), old_errors
+        )  # not those whose best ID another one got
         retired = np.concatenate([retired, ids[rows[moves]]])
         occupied = np.concatenate([occupied, offered[moves]])
         ids[rows[moves]] = offered[moves]
@@ -1447,7 +1464,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
 
     Counts are of the whole catalogue; figures that need embeddings are of a sample of at most QUALITY_ROWS items.
     """
-    n, levels, device, sizes = *encoded.shape, model.input_mean.device, model.config.codebook_size
+    (n, levels), device, sizes = encoded.shape, model.input_mean.device, model.config.codebook_size
     generator = torch.Generator().manual_seed(model.config.seed)
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
     queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
@@ -1460,7 +1477,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
     quality["coherence_of_any_two"] = coherence(x, encoded[rows], 0)
     quality["displaced"] = float((written[:, :levels] != encoded).any(1).mean())
     quality["levels"] = level_statistics(encoded, sizes)
-    for level, figures in enumerate(quality["levels"], start=1):  # each with the levels above it
+    for level, figures in enumerate(quality["levels"], start=1):  # decoded from the codes down to this one
         figures["unexplained_variance"] = unexplained_variance(x, decode(encoded[:, :level]))
         figures["coherence"] = coherence(x, encoded[rows], level)
     for name, codes in (("as_encoded", encoded), ("as_written", written)):
@@ -1515,8 +1532,8 @@ def print_report(quality: dict, tree: str) -> None:
         bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
         rows.append({"level": i} | {name: value for name, value in level.items() if value is not counts} | bars)
     print_table(rows)
-    print("unexplained variance: of the reconstruction from the codes down to that level")
-    any_two = quality["coherence_of_any_two"] or 1
+    print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
+    any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
     print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
     print_table([{"IDs": name} | quality[key] for key, name in names.items()])
@@ -1648,23 +1665,21 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
 
 
 def check_replaced(config: RQVAEConfig, n: int) -> None:
-    """End the run if it would replace a result of another catalogue, or a trial one of more rows, unasked."""
-    if config.overwrite:
-        return
-    way_out = "--overwrite replaces it; --checkpoint_dir and --data_dir name other places"
-    with suppress(ValueError):
-        old = {} if config.export_only else read_checkpoint(config.best_path)
-        was = trained_config(old) if old else config
-        for name in ("category", "data_dir"):
-            theirs, ours = getattr(was, name), getattr(config, name)
-            if theirs != ours and Path(theirs).expanduser().resolve() != Path(ours).expanduser().resolve():
-                fail(config.best_path, f"a model with --{name} {theirs}, not {ours}", way_out)
-        if config.num_rows and old.get("items", 0) > n:
-            fail(config.best_path, f"a model of {old['items']:,} items, this trial has {n:,}", way_out)
+    """End the run if it would replace the model of another catalogue or, as a trial, a result of more items."""
+    way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
+    if not config.export_only:
+        with suppress(ValueError):
+            old = read_checkpoint(config.best_path)
+            for name in ("category", "data_dir"):
+                old_value, value = old["config"][name], getattr(config, name)
+                if Path(old_value).expanduser().resolve() != Path(value).expanduser().resolve():
+                    fail(config.best_path, f"trained with --{name} {old_value}, not {value}", way_out)
+            if config.num_rows and old.get("items", 0) > n:
+                fail(config.best_path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
-            fail(config.ids_path, f"IDs of {items:,} items, this trial has {n:,}", way_out)
+            fail(config.ids_path, f"has {items:,} items, and this trial {n:,}", way_out)
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1702,7 +1717,8 @@ def main(argv: list[str] | None = None) -> int:
         check_model(model.config, config, dim)
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
-        check_replaced(config, n)
+        if not config.overwrite:
+            check_replaced(config, n)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1710,24 +1726,23 @@ def main(argv: list[str] | None = None) -> int:
         config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        check_sizes(n, config, plan)
         final = None if config.overwrite else read_if_same_run(config.final_path, config, data)
         is_trained = final and final["step"] == plan.total_steps and read_if_same_run(config.best_path, config, data)
         if is_trained and is_exported(config, dataset):
             print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
             return 0
+        resumed = find_resumed(config, data, plan.total_steps) if config.resume and not is_trained else None
+        start = resumed["step"] if resumed else 0
+        if all_sum(torch.tensor(start)).item() != start * WORLD:
+            fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
+        if resumed:
+            plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
+        check_sizes(n, config, plan)
+        if not (is_trained or resumed or config.overwrite):
+            check_replaced(config, n)
         if not is_trained:
-            resumed = find_resumed(config, data, plan.total_steps) if config.resume else None
-            start = resumed["step"] if resumed else 0
-            if all_sum(torch.tensor(start)).item() != start * WORLD:
-                fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
-            if resumed:
-                plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
-                check_sizes(n, config, plan)
-            else:
-                check_replaced(config, n)
-                if numbered_checkpoints(config.checkpoints):
-                    warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")
+            if not resumed and numbered_checkpoints(config.checkpoints):
+                warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
             if not train(config, dataset.embeddings.to(device), plan, data, resumed, run):
                 print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
