@@ -177,15 +177,17 @@ class RQVAEConfig:
 
     def __post_init__(self):
         sizes = self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size]
-        levels = self.codebook_quantization_levels or (3 if len(sizes) == 1 else len(sizes))
-        if len(sizes) not in (1, levels):
-            raise ValueError(f"--codebook_size: {len(sizes)} sizes for {levels} levels; give one, or one a level")
-        self.codebook_quantization_levels, self.codebook_size = levels, sizes * (levels // len(sizes))
+        if self.codebook_quantization_levels is None:
+            self.codebook_quantization_levels = 3 if len(sizes) == 1 else len(sizes)
         for name, value in vars(self).items():
             least, most = AT_LEAST.get(name, 1), AT_MOST.get(name, 10**12)
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float) and not least <= number <= most:
                     raise ValueError(f"--{name} {number}: must be at least {least:,} and at most {most:,}")
+        levels = self.codebook_quantization_levels
+        if len(sizes) not in (1, levels):
+            raise ValueError(f"--codebook_size: {len(sizes)} sizes for {levels} levels; give one, or one a level")
+        self.codebook_size = sizes * (levels // len(sizes))
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
         if self.keep_ids and not self.export_only:
