@@ -1682,7 +1682,7 @@ def main(argv: list[str] | None = None) -> int:
     check_file(config.source, "run embed_items.py first")
     if config.export_only:
         check_file(config.best_path, "train first, or name another --checkpoint_dir")
-    if config.keep_ids:
+    if config.keep_ids is not None:
         check_file(Path(config.keep_ids).expanduser(), "name an earlier export, or leave --keep_ids out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
