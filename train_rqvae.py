@@ -1584,17 +1584,21 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
 def start_wandb(config: RQVAEConfig, run_id: str | None):
     """An online run if an API key is configured, else an offline one; WANDB_MODE decides if it is set."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
-    way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
-    with fail_on((wandb.errors.Error, ValueError), "W&B", "refuses its settings", way_out):
+    try:
         options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
         options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
         options["settings"] = wandb.Settings(console="off", init_timeout=30)
+        has_key = wandb.login(prompt=False)  # asks no server, but refuses a malformed key
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         try:
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
             run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError as error:
             warn(f"W&B is out of reach ({first_line(error)}): this run is logged offline")
             mode, run = "offline", wandb.init(mode="offline", **options)
+    except (wandb.errors.Error, ValueError) as error:
+        words = " ".join(str(error).splitlines()[:3])  # those of a wrong value are in the second and third line
+        way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
+        fail("W&B", f"refuses its settings ({words})", way_out)
     sync = f"; to upload this run later: wandb sync {run.settings.sync_dir}" if mode == "offline" else ""
     print("W&B:", " ".join(filter(None, (mode, run.url))) + sync)
     return run
