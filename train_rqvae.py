@@ -1649,6 +1649,8 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(RQVAEConfig(), name)
+        if name == "codebook_size" and len(set(asked)) == 1:  # one number for however many levels
+            asked, default = asked[:1] * len(own), default[:1] * len(own)
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
