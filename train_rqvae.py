@@ -1655,13 +1655,13 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
-def check_replaced(config: RQVAEConfig, n: int) -> None:
+def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
     """End the run if it would replace a result of another catalogue, or a trial one of more rows, unasked."""
     if config.overwrite:
         return
     way_out = "--overwrite replaces it; --checkpoint_dir and --data_dir name other places"
     with suppress(ValueError):
-        old = {} if config.export_only else read_checkpoint(config.best_path)
+        old = read_checkpoint(config.best_path) if from_start else {}
         was = trained_config(old) if old else config
         for name in ("category", "data_dir"):
             theirs, ours = getattr(was, name), getattr(config, name)
@@ -1710,7 +1710,7 @@ def main(argv: list[str] | None = None) -> int:
         check_model(model.config, config, dim)
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
-        check_replaced(config, n)
+        check_replaced(config, n, from_start=False)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1724,7 +1724,9 @@ def main(argv: list[str] | None = None) -> int:
         if is_trained and is_exported(config, dataset):
             print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
             return 0
-        if not is_trained:
+        if is_trained:
+            check_replaced(config, n, from_start=False)
+        else:
             resumed = find_resumed(config, data, plan.total_steps) if config.resume else None
             start = resumed["step"] if resumed else 0
             if all_sum(torch.tensor(start)).item() != start * WORLD:
@@ -1732,10 +1734,9 @@ def main(argv: list[str] | None = None) -> int:
             if resumed:
                 plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
                 check_sizes(n, config, plan)
-            else:
-                check_replaced(config, n)
-                if numbered_checkpoints(config.checkpoints):
-                    warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")
+            check_replaced(config, n, from_start=not resumed)
+            if not resumed and numbered_checkpoints(config.checkpoints):
+                warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
             if not train(config, dataset.embeddings.to(device), plan, data, resumed, run):
                 print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
