@@ -1588,7 +1588,7 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
         options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
         options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
         options["settings"] = wandb.Settings(console="off", init_timeout=30)
-        has_key = wandb.login(prompt=False)  # asks no server, but refuses a malformed key
+        has_key = wandb.login(prompt=False, verify=False)  # asks no server, but refuses a malformed key
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         try:
             run = wandb.init(mode=mode, **options)
