@@ -339,6 +339,8 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
         for path, content in contents.items():
             trouble, way_out = "cannot be written", "make room or set the rights there"
             with fail_on(OSError, path, trouble, way_out), open(temporary[path], "wb") as file:
+                if path.is_dir():
+                    raise IsADirectoryError("a folder has that name")
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
