@@ -347,6 +347,8 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
         for path, content in contents.items():
             trouble, way_out = "cannot be written", "make room or set the rights there"
             with fail_on(OSError, path, trouble, way_out), open(temporary[path], "wb") as file:
+                if path.is_dir():
+                    raise IsADirectoryError("a folder has that name")
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -1599,17 +1601,21 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
 def start_wandb(config: RQVAEConfig, run_id: str | None):
     """An online run if an API key is configured, else an offline one; WANDB_MODE decides if it is set."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
-    way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
-    with fail_on((wandb.errors.Error, ValueError), "W&B", "refuses its settings", way_out):
+    try:
         options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
         options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
         options["settings"] = wandb.Settings(console="off", init_timeout=30)
+        has_key = wandb.login(prompt=False, verify=False)  # asks no server, but refuses a malformed key
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
         try:
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False) else "offline")
             run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError as error:
             warn(f"W&B is out of reach ({first_line(error)}): this run is logged offline")
             mode, run = "offline", wandb.init(mode="offline", **options)
+    except (wandb.errors.Error, ValueError) as error:
+        words = " ".join(str(error).splitlines()[:3])  # those of a wrong value are in the second and third line
+        way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
+        fail("W&B", f"refuses its settings ({words})", way_out)
     sync = f"; to upload this run later: wandb sync {run.settings.sync_dir}" if mode == "offline" else ""
     print("W&B:", " ".join(filter(None, (mode, run.url))) + sync)
     return run
@@ -1660,22 +1666,25 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(RQVAEConfig(), name)
+        if name == "codebook_size" and len(set(asked)) == 1:  # one number for however many levels
+            asked, default = asked[:1] * len(own), default[:1] * len(own)
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
-def check_replaced(config: RQVAEConfig, n: int) -> None:
+def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
     """End the run if it would replace the model of another catalogue or, as a trial, a result of more items."""
+    if config.overwrite:
+        return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
-    if not config.export_only:
-        with suppress(ValueError):
-            old = read_checkpoint(config.best_path)
-            for name in ("category", "data_dir"):
-                old_value, value = old["config"][name], getattr(config, name)
-                if Path(old_value).expanduser().resolve() != Path(value).expanduser().resolve():
-                    fail(config.best_path, f"trained with --{name} {old_value}, not {value}", way_out)
-            if config.num_rows and old.get("items", 0) > n:
-                fail(config.best_path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
+    with suppress(ValueError):
+        old = read_checkpoint(config.best_path) if from_start else None
+        for name in ("category", "data_dir") if old else ():
+            old_value, value = old["config"][name], getattr(config, name)
+            if Path(old_value).expanduser().resolve() != Path(value).expanduser().resolve():
+                fail(config.best_path, f"trained with --{name} {old_value}, not {value}", way_out)
+        if old and config.num_rows and old.get("items", 0) > n:
+            fail(config.best_path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
@@ -1695,7 +1704,7 @@ def main(argv: list[str] | None = None) -> int:
     check_file(config.source, "run embed_items.py first")
     if config.export_only:
         check_file(config.best_path, "train first, or name another --checkpoint_dir")
-    if config.keep_ids:
+    if config.keep_ids is not None:
         check_file(Path(config.keep_ids).expanduser(), "name an earlier export, or leave --keep_ids out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
@@ -1717,8 +1726,7 @@ def main(argv: list[str] | None = None) -> int:
         check_model(model.config, config, dim)
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
-        if not config.overwrite:
-            check_replaced(config, n)
+        check_replaced(config, n, from_start=False)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1738,8 +1746,7 @@ def main(argv: list[str] | None = None) -> int:
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
-        if not (is_trained or resumed or config.overwrite):
-            check_replaced(config, n)
+        check_replaced(config, n, from_start=not (is_trained or resumed))
         if not is_trained:
             if not resumed and numbered_checkpoints(config.checkpoints):
                 warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")

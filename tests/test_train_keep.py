@@ -19,7 +19,7 @@ FLAGS = {
     "encoder_hidden_dims": 32,
     "codebook_embedding_dim": 8,
     "codebook_quantization_levels": LEVELS,
-    "codebook_size": SIZE,
+    "codebook_size": [SIZE],
     "batch_size": 64,
     "max_steps": 200,
     "max_lr": 3e-3,
@@ -70,7 +70,9 @@ def run(folder: Path, *switches: str, **changes) -> dict[str, str]:
     """The IDs by item."""
     flags = {"category": "Tiny", "device": "cpu"} if "--export_only" in switches else FLAGS
     flags = flags | {"data_dir": folder / "data", "checkpoint_dir": folder / "checkpoints"} | changes
-    argv = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    argv = []
+    for name, value in flags.items():
+        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     assert train_rqvae.main([*argv, *switches]) == 0
     return dict(pl.read_parquet(ids_path(folder)).select("parent_asin", "semantic_id").iter_rows())
 
@@ -129,13 +131,13 @@ def trained_roomy(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("roomy")
     (folder / "data").mkdir()
     write(folder, first_items())
-    run(folder, codebook_size=32)
+    run(folder, codebook_size=[48, 32, 24])
     return folder
 
 
 @pytest.fixture
 def roomy(trained_roomy, tmp_path) -> Path:
-    """The same with a model of 32,768 IDs, most of which are free."""
+    """The same with a model of 36,864 IDs, most of which are free, and codebooks of three sizes."""
     return shutil.copytree(trained_roomy, tmp_path / "roomy")
 
 
@@ -227,7 +229,7 @@ def check_rule(folder: Path, table: pl.DataFrame, before: dict[str, str], after:
     It stays too if its ID is the encoded one, or if another item got the ID that it would have moved to.
     """
     names, model, x = table["parent_asin"].to_list(), load_model(folder), embeddings_of(table)
-    size = model.config.codebook_size
+    size = model.config.codebook_size[-1]
     old, new = (errors(model, x, [ids[name] for name in names]) for ids in (before, after))
     moved = np.array([after[name] != before[name] for name in names])
     given = {after[name] for name, has_moved in zip(names, moved, strict=True) if has_moved}
@@ -311,11 +313,13 @@ def test_vectors_that_differ_by_rounding_move_nothing_not_even_items_that_had_co
 def test_figures_are_those_of_the_ids_that_were_written(folder, capsys):
     table = pl.concat([first_items(), new_items(200)])
     write(folder, table)
-    after = export(folder)
-    model = load_model(folder)
-    off = errors(model, embeddings_of(table), list(after.values())) / (DIM * model.input_scale.item() ** 2)
-    assert keeping(folder)["unexplained_of_new"] == pytest.approx(off[N:].mean(), rel=1e-3)
-    assert keeping(folder)["unexplained_of_others"] == pytest.approx(off[:N].mean(), rel=1e-3)
+    export(folder)
+    model, new = load_model(folder), embeddings_of(table[N:])
+    off = errors(model, new, encoded_ids(folder, table[N:])) / (DIM * model.input_scale.item() ** 2)
+    loss = train_rqvae.cauchy_loss(torch.from_numpy(off)).item()
+    held_out = model.metrics["val/reconstruction_loss"]
+    figures = {"kept": N, "moved": 0, "new": 200, "vanished": 0, "held_out_loss": held_out}
+    assert keeping(folder) == figures | {"loss_of_new_and_moved": pytest.approx(loss, rel=1e-3)}
     out = capsys.readouterr()
     assert "300 items keep their ID, 0 moved to another, 200 are new, 0 have vanished" in out.out
     assert "no longer fits" not in out.err  # they come from the centres that the model has learned
@@ -326,6 +330,7 @@ def test_a_model_that_no_longer_fits_is_warned_of_once_there_are_items_enough_to
     write(folder, pl.concat([first_items(), strange_items(n)]))
     export(folder)
     assert ("no longer fits this catalogue" in capsys.readouterr().err) == (n == 60)
+    assert ("loss_of_new_and_moved" in keeping(folder)) == ("held_out_loss" in keeping(folder)) == (n == 60)
 
 
 def test_without_held_out_items_nothing_is_said_of_the_fit(folder, capsys):
@@ -358,9 +363,9 @@ def refused_export(capsys):
     ("changes", "words"),
     [
         ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: not found"),
-        ({"keep_ids": ""}, "not found"),
-        ({"num_rows": 100}, "leave --num_rows out"),
-        ({"collisions": "keep"}, "--collisions keep"),
+        ({"keep_ids": ""}, "is a folder, not one file"),
+        ({"num_rows": 100}, "needs the whole catalogue"),
+        ({"collisions": "keep"}, "distinct IDs"),
         ({"collisions": "suffix"}, "made with --collisions assign"),
     ],
     ids=str,
