@@ -190,8 +190,6 @@ class RQVAEConfig:
             raise ValueError(f"--codebook_size {self.codebook_size}: not one size for each of {levels}")
         if self.max_steps == 0:
             raise ValueError("--max_steps 0: must be -1 or at least 1")
-        if self.autoencoder_steps and not self.use_kmeans_init:
-            raise ValueError("--autoencoder_steps: needs k-means, so not --use_kmeans_init False")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
         if self.keep_ids and not self.export_only:
