@@ -104,10 +104,10 @@ BOUNDS = {  # least and most of the numeric flags; 1 and MANY of all others
     "gradient_clip_norm": (0, MANY), "input_noise": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
     "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
+SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not in checkpoints: a resumed run writes equal bytes
 FREE_FIELDS = {  # may change with --resume
     "data_dir", "checkpoint_dir", "num_rows", "device", "dtype", "num_epochs", "max_steps", "steps_per_train_log",
-    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", "resume",
-    "overwrite", "export_only", "keep_ids",
+    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -1052,7 +1052,7 @@ class TrainingState:
             return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
-            "config": asdict(self.config),
+            "config": {name: value for name, value in asdict(self.config).items() if name not in SWITCHES},
             "step": self.step,
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
