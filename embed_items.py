@@ -5,7 +5,6 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
 
     python embed_items.py --category Video_Games                             # the best device there is
     python embed_items.py --category Video_Games --num_rows 256 --device cpu # a first look on a laptop
-    python embed_items.py --category Video_Games --model_name /models/qwen3  # a local copy of the npz's model
     python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
     python embed_items.py --category Video_Games --reuse                     # only the items that are new or changed
     torchrun --nproc_per_node=8 embed_items.py --category Video_Games        # eight GPUs
@@ -122,14 +121,6 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
         fail(what, f"{trouble} ({first_line})", way_out)
 
 
-def from_rank_0(value: Any) -> Any:
-    """Collective: every process gets the value that rank 0 gives. Rank 0 does not wait for the others."""
-    values = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def parse_config(argv: list[str] | None) -> EmbedConfig:
     parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
@@ -137,8 +128,7 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
+        if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
     return config
 
@@ -146,11 +136,11 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device of this process, and the reason for it."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    reason = "the best one here" if name == "auto" else "asked for"
     kind = max(available, key=available.get) if name == "auto" else name  # max returns the first of equals
     if not available[kind]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None), reason
+    device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
+    return device, "the best one here" if name == "auto" else "asked for"
 
 
 def keep_freed_memory() -> None:
@@ -595,17 +585,18 @@ def main(argv: list[str] | None = None) -> None:
 
         _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         first = first[inverse]  # (N) the first row with the same text, the only one embedded
-        batches = None
+        shared = [None]
         if RANK == 0:
             store.open(metadata)
             is_wanted = first == np.arange(n)
             if config.reuse:
                 is_wanted &= ~reuse(model, tokens, config, store, recipe, texts)
             batches = batches_by_length(np.flatnonzero(is_wanted), tokens.lengths, config.tokens_per_batch)
-            batches = store.unfinished(batches)
-        batches = from_rank_0(batches)
+            shared = [store.unfinished(batches)]
+        if WORLD > 1:
+            dist.broadcast_object_list(shared)  # from rank 0, which does not wait for the others
         prefix = checked_prefix(model, tokens, config)
-        embed_all(model, tokens, config, prefix, store, batches[RANK::WORLD])
+        embed_all(model, tokens, config, prefix, store, shared[0][RANK::WORLD])
         if WORLD > 1:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:

@@ -10,6 +10,7 @@ Writes  data/output/{category}_tokenized.npz           (input_ids, attention_mas
 Next: embed_items.py. Shapes: N items, W tokens of the longest item, at most max_length.
 """
 
+import glob
 import hashlib
 import logging
 import os
@@ -75,8 +76,7 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     for name, minimum in {"max_length": 2, "num_rows": 1}.items():
-        value = getattr(config, name)
-        if value is not None and value < minimum:
+        if (value := getattr(config, name)) is not None and value < minimum:
             parser.error(f"--{name} {value}: must be at least {minimum}")
     return config
 
@@ -176,32 +176,28 @@ def pad(tokens: list[np.ndarray], width: int, pad_id: int, side: str) -> tuple[n
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, side: str, settings: dict[str, str | int]) -> None:
-    """Writes the npz that np.savez would write, but pads only some rows at a time."""
+    """Writes the npz that np.savez would write, but pads only some rows at a time; moves it to `path` when whole."""
     n, width = len(tokens), max(map(len, tokens))
-    with zipfile.ZipFile(path, "w") as archive:
-        for i, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = {"descr": dtype, "fortran_order": False, "shape": (n, width)}
-                np.lib.format.write_array_header_1_0(member, header)
-                for start in range(0, n, ROWS_PER_WRITE):
-                    member.write(pad(tokens[start : start + ROWS_PER_WRITE], width, pad_id, side)[i])
-        for name, value in settings.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, and moves that file to `path` when the block has written it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with fail_on(OSError, path, "cannot be written", ROOM):
-            yield temporary
+            with zipfile.ZipFile(temporary, "w") as archive:
+                for i, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        header = {"descr": dtype, "fortran_order": False, "shape": (n, width)}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for start in range(0, n, ROWS_PER_WRITE):
+                            member.write(pad(tokens[start : start + ROWS_PER_WRITE], width, pad_id, side)[i])
+                for name, value in settings.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # also of runs that were killed
+            left.unlink(missing_ok=True)
+    print(f"wrote {path}: {n:,} x {width} tokens, {path.stat().st_size / 1e6:.1f} MB")
 
 
 # ---------------------------------------------------------------- main
@@ -240,9 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer": hashlib.sha256(repr(behaviour).encode()).hexdigest(),
         "format_version": FORMAT_VERSION,
     }
-    with atomic_write(target) as temporary:
-        write(temporary, tokens, pad_id, side, settings)
-    print(f"wrote {target}: {len(texts):,} x {max(map(len, tokens))} tokens, {target.stat().st_size / 1e6:.1f} MB")
+    write(target, tokens, pad_id, side, settings)
 
 
 if __name__ == "__main__":
