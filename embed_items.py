@@ -5,7 +5,6 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
 
     python embed_items.py --category Video_Games                             # the best device there is
     python embed_items.py --category Video_Games --num_rows 256 --device cpu # a first look on a laptop
-    python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
     python embed_items.py --category Video_Games --reuse                     # only the items that are new or changed
     torchrun --nproc_per_node=8 embed_items.py --category Video_Games        # eight GPUs
 
@@ -21,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -42,6 +42,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.hf_argparser import HfArg
+from transformers.utils import cached_file
 
 if os.name == "posix":
     import fcntl
@@ -75,8 +76,8 @@ class EmbedConfig:
     category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
     data_dir: str = HfArg(default="data/output", help="Folder of the tokens, the catalogue and the output.")
     model_name: str | None = HfArg(default=None, help="Hub name or folder of the model; by default that of the tokens.")
-    pooling: Literal["last", "mean", "cls"] = HfArg(
-        default="last", help="How hidden states become one vector: last for Qwen3, mean or cls for BERT-style models."
+    pooling: Literal["auto", "last", "mean", "cls"] = HfArg(
+        default="auto", help="How hidden states become one vector; auto is what the model's folder declares, else last."
     )
     target_dim: int = HfArg(default=1024, help="Leading dimensions kept of each vector (at most all).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
@@ -104,6 +105,10 @@ class EmbedConfig:
     def target(self) -> Path:
         return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
 
+    @property
+    def store(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.partial")
+
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     """Ends the run because of a wrong flag or file: one line on standard error, exit status 2."""
@@ -130,6 +135,8 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
+    config.data_dir = os.path.expanduser(config.data_dir)
+    config.model_name = config.model_name and os.path.expanduser(config.model_name)
     return config
 
 
@@ -189,6 +196,14 @@ def slices(path: Path, columns: list[str], size: int, n: int | None = None) -> I
         yield from frame.slice(start, ROWS_READ).collect().iter_slices(size)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
+    try:
+        return pl.read_parquet_metadata(path)
+    except UNREADABLE:
+        return {}
+
+
 # ---------------------------------------------------------------- input
 
 
@@ -241,8 +256,11 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     return Tokens(np.frombuffer(ids, np.int32), starts[:num_rows], lengths[:num_rows], **settings)
 
 
-def read_catalogue(config: EmbedConfig, tokens: Tokens) -> np.ndarray:
-    """Checks that the tokens were made from this catalogue; returns a 64-bit hash of the text of each item: (N)."""
+def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str]:
+    """Checks that the tokens were made from this catalogue.
+
+    Returns a 64-bit hash of the text of each item, (N), and the SHA-256 of the file.
+    """
     path, names = config.catalogue_path, ["parent_asin", "item_context"]
     fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
@@ -255,22 +273,87 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> np.ndarray:
                     fingerprint.update(column.str.len_bytes().to_numpy().tobytes())
                     fingerprint.update(column.str.join().item().encode())
                 texts.append(rows["item_context"].hash().to_numpy())
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     texts, n = np.concatenate(texts), len(tokens.lengths)
     if fingerprint.hexdigest() != tokens.fingerprint or len(texts) < n:
         trouble = f"made from another catalogue, or another order of it, than {path} is now"
         fail(config.tokens_path, trouble, "run tokenize_items.py again")
     print0(f"{n:,} of {len(texts):,} items of {path}")
-    return texts[:n]
+    earlier = int(read_metadata(config.target).get("n_items", 0))
+    if n < len(texts) and n < earlier and not config.overwrite:
+        trouble = f"holds {earlier:,} items, more than the {n:,} of this trial"
+        fail(config.target, trouble, "--overwrite replaces it; another --data_dir leaves it, or run without --num_rows")
+    return texts[:n], sha256
 
 
 # ---------------------------------------------------------------- model
 
 
+def read_json(model: str, name: str) -> Any:
+    """A JSON file of the model, from its folder or the hub; empty if there is none."""
+    try:
+        path = cached_file(model, name)
+    except OSError:
+        return {}
+    with fail_on((OSError, ValueError), path, "not a readable JSON file", "get it again"):
+        return json.loads(Path(path).read_text("utf-8"))
+
+
+def choose_pooling(config: EmbedConfig, tokens: Tokens) -> tuple[str, str]:
+    """The pooling and the reason for it; ends the run if the model declares what this script cannot do."""
+    flag, declared = f"--model_name {config.model_name}", None
+    modules = read_json(config.model_name, "modules.json")  # of sentence-transformers
+    for module in modules or [{"type": "Pooling", "path": "1_Pooling"}]:
+        kind = module["type"].split(".")[-1]
+        if kind not in ("Transformer", "Pooling", "Normalize", "Dropout"):
+            fail(flag, f"its modules.json asks for {kind}, which this script cannot do", "choose another model")
+        settings = read_json(config.model_name, f"{module['path']}/config.json") if kind == "Pooling" else None
+        if settings or (modules and kind == "Pooling"):
+            modes = settings.get("pooling_mode") or [
+                mode for mode in settings if re.match("pooling_mode_", mode) and settings[mode]
+            ]
+            modes = [modes] if isinstance(modes, str) else modes
+            declared = re.sub("pooling_mode_|_tokens?$|token$", "", "+".join(modes)) or "unknown"
+            if settings.get("include_prompt") is False and tokens.instruction:
+                declared += " without the prompt"
+    if config.pooling != "auto":
+        if declared and declared != config.pooling:
+            print0(f"warning: --pooling {config.pooling}, but the model declares {declared}", file=sys.stderr)
+        return config.pooling, "asked for"
+    if declared not in (None, "last", "mean", "cls"):
+        fail(
+            flag, f"it declares pooling {declared}, which this script cannot do", "choose another model, or a --pooling"
+        )
+    return declared or "last", "declared by the model" if declared else "the model declares none"
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    way_out = "check the name and the network, or give a local folder"
-    torch.manual_seed(0)  # a pooler that the files lack is made at random, and the digest of the weights covers it
-    with fail_on(Exception, f"--model_name {name}", "no model can be loaded from there", way_out):
-        return AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+    """The model; parameters that its files lack are NaN, and `model.missing` says which."""
+    flag, trouble, way_out = f"--model_name {name}", "no model can be loaded from there", "download it there again"
+    if not Path(name).is_dir():
+        way_out = "check the name and the network, or give a local folder"
+        print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    try:
+        model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
+        for path in Path(name).glob("*.*"):
+            if (
+                path.is_file()
+                and path.stat().st_size < 1000
+                and path.read_bytes().startswith(b"version https://git-lfs")
+            ):
+                trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
+        with fail_on(Exception, flag, trouble, way_out):
+            raise
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    model.missing = [name for name, _ in model.named_parameters() if name in missing]
+    for name in model.missing:
+        model.get_parameter(name).data.fill_(float("nan"))  # not the random numbers that transformers puts there
+    return model.to(device).eval()
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -340,6 +423,23 @@ def embed(
     return F.normalize(pooled.float()[:, : config.target_dim], dim=-1)
 
 
+def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
+    return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
+
+
+def check_numbers(vectors: Tensor, rows: np.ndarray, config: EmbedConfig) -> np.ndarray:
+    """The vectors (B, D) of rows (B) as an array; ends the run if one of them is not of length 1."""
+    vectors = vectors.cpu().numpy()
+    if not (sound := is_unit(vectors)).all():
+        way_out = (
+            "use --dtype float32" if config.dtype != "float32" else "the model's weights must be damaged: get it again"
+        )
+        if config.store.exists():
+            way_out = f"delete {config.store}, and {way_out}"
+        fail(config.tokens_path, f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}", way_out)
+    return vectors
+
+
 def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> int:
     """Size of the model's vectors; ends the run if the tokens were made for another model or it cannot embed them."""
     name, path = config.model_name, config.tokens_path
@@ -361,7 +461,17 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
             if expected != tokens.ids[start : start + length].tolist():
                 fail(path, f"made for {tokens.model_name}, and {name} cuts the same text into other tokens", again)
     with fail_on(Exception, flag, f"cannot embed an item of {longest} tokens", "choose a text encoder that can"):
-        return embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None)).shape[1]
+        vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
+    if model.missing and vector.isnan().any():
+        trouble = f"its files lack {len(model.missing)} weights or have them in another shape, {model.missing[0]} first"
+        fail(flag, trouble, "download it again, or save it with save_pretrained of the model that was trained")
+    last = tokens.ids[tokens.starts + tokens.lengths - 1]
+    if config.pooling == "last" and (last != last[0]).any():
+        print0(
+            "warning: the items end in different tokens, but a model with --pooling last expects one end token",
+            file=sys.stderr,
+        )
+    return vector.shape[1]
 
 
 @torch.inference_mode()
@@ -385,11 +495,13 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
     by_length = np.argsort(tokens.lengths, kind="stable")
     count = min(ITEMS_CHECKED, len(by_length), max(2, config.tokens_per_batch // int(tokens.lengths.max())))
     rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-    single = torch.cat([embed(model, tokens, row[None], config) for row in rows])
+    single = check_numbers(torch.cat([embed(model, tokens, row[None], config) for row in rows]), rows, config)
     for prefix in (read_prefix(model, tokens, config), None):
-        agreement = F.cosine_similarity(single, embed(model, tokens, rows, config, prefix)).min().item()
+        together = embed(model, tokens, rows, config, prefix)
+        agreement = (single * together.cpu().numpy()).sum(axis=1).min()
         if agreement >= GOOD_AGREEMENT:
             break
+    check_numbers(together, rows, config)
     if prefix:
         print0(f"the {prefix.get_seq_length()} tokens that all items start with are read once")
     print0(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
@@ -399,10 +511,6 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
 
 
 # ---------------------------------------------------------------- finished vectors
-
-
-def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
-    return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
 
 
 class Store:
@@ -416,16 +524,23 @@ class Store:
     def __init__(self, folder: Path, n: int, dim: int):
         self.folder, self.shape, self.row_bytes = folder, (n, dim), 4 * dim
 
-    def open(self, recipe: dict[str, str]) -> None:
-        """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
+    def recipe(self) -> dict[str, str]:
+        """The recipe of the vectors in the folder; empty if there is none."""
         path = self.folder / "recipe.json"
         if not path.exists():
+            return {}
+        with fail_on((OSError, TypeError, ValueError), path, "damaged", f"delete {self.folder} to start over"):
+            return dict(json.loads(path.read_text()))
+
+    def open(self, recipe: dict[str, str]) -> None:
+        """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
+        if not (earlier := self.recipe()):
             shutil.rmtree(self.folder, ignore_errors=True)
-            with atomic_write(path) as temporary:
+            with atomic_write(self.folder / "recipe.json") as temporary:
                 self.folder.mkdir()
                 temporary.write_text(json.dumps(recipe, indent=1))
+            earlier = recipe
         (self.folder / "vectors-reused").unlink(missing_ok=True)  # perhaps half of a copy; `reuse` makes a new one
-        earlier = json.loads(path.read_text())
         if other := [name for name in recipe if recipe[name] != earlier.get(name)]:
             trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
@@ -468,23 +583,11 @@ def embed_all(
         for i in range(0, len(batches), at_once):
             rows = np.concatenate(batches[i : i + at_once])
             vectors = [embed(model, tokens, batch, config, prefix) for batch in batches[i : i + at_once]]
-            vectors = torch.cat(vectors).cpu().numpy()
-            if not is_unit(vectors).all():
-                trouble = f"row {rows[~is_unit(vectors)].min()} becomes NaN, infinite or zero in {config.dtype}"
-                fail(config.tokens_path, trouble, f"delete {store.folder} and use --dtype float32")
-            store.write(rows, vectors)
+            store.write(rows, check_numbers(torch.cat(vectors), rows, config))
             progress.update(int(lengths[rows].sum()))
 
 
 # ---------------------------------------------------------------- output
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
-    try:
-        return pl.read_parquet_metadata(path)
-    except UNREADABLE:
-        return {}
 
 
 def reuse(
@@ -542,25 +645,29 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints a line for every retry without a network
+    for library in ("huggingface_hub", "transformers"):  # a line for every retry, a table of every unused weight
+        logging.getLogger(library).setLevel(logging.ERROR)
     device, reason = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     if WORLD > 1:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print0(f"waiting for {WORLD} processes at {place}", flush=True)
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # sends lists of batches; vectors go through files
 
     tokens = read_tokens(config.tokens_path, config.num_rows)
-    texts = read_catalogue(config, tokens)
+    texts, sha256 = read_catalogue(config, tokens)
     n = len(texts)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    config.pooling, why = choose_pooling(config, tokens)
     with lock(config.target) if RANK == 0 else nullcontext():
         model = load_model(config.model_name, getattr(torch, config.dtype), device)
         size = check_fit(model, tokens, config)
         config.target_dim = min(config.target_dim, size)
-        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling}, batches of "
+        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why}), batches of "
                f"{config.tokens_per_batch} tokens, {config.target_dim} of {size} dimensions kept")  # fmt: skip
         recipe = {
             "weights": weights_digest(model),
@@ -571,20 +678,20 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": config.dtype,
             "target_dim": str(config.target_dim),
         }
-        metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
+        metadata, catalogue = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}, {"catalogue": sha256}
         earlier = read_metadata(config.target)
-        store = Store(config.target.with_name(f".{config.target.name}.partial"), n, config.target_dim)
-        with open(config.catalogue_path, "rb") as file:
-            catalogue = {"catalogue": hashlib.file_digest(file, "sha256").hexdigest()}
+        store = Store(config.store, n, config.target_dim)
         if not config.overwrite and metadata.items() <= earlier.items():
             if catalogue.items() <= earlier.items():
-                shutil.rmtree(store.folder, ignore_errors=True)  # left by a kill at the very end
+                if store.recipe() in ({}, metadata):
+                    shutil.rmtree(store.folder, ignore_errors=True)  # left by a kill at the very end
                 print0(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
                 return
             config.reuse = True  # only other columns have changed
 
         _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         first = first[inverse]  # (N) the first row with the same text, the only one embedded
+        prefix = checked_prefix(model, tokens, config)
         shared = [None]
         if RANK == 0:
             store.open(metadata)
@@ -595,7 +702,6 @@ def main(argv: list[str] | None = None) -> None:
             shared = [store.unfinished(batches)]
         if WORLD > 1:
             dist.broadcast_object_list(shared)  # from rank 0, which does not wait for the others
-        prefix = checked_prefix(model, tokens, config)
         embed_all(model, tokens, config, prefix, store, shared[0][RANK::WORLD])
         if WORLD > 1:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
