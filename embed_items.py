@@ -283,7 +283,7 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
     earlier = int(read_metadata(config.target).get("n_items", 0))
     if n < len(texts) and n < earlier and not config.overwrite:
         trouble = f"holds {earlier:,} items, more than the {n:,} of this trial"
-        fail(config.target, trouble, "--overwrite replaces it; another --data_dir leaves it, or run without --num_rows")
+        fail(config.target, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
     return texts[:n], sha256
 
 
@@ -300,31 +300,23 @@ def read_json(model: str, name: str) -> Any:
         return json.loads(Path(path).read_text("utf-8"))
 
 
-def choose_pooling(config: EmbedConfig, tokens: Tokens) -> tuple[str, str]:
+def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     """The pooling and the reason for it; ends the run if the model declares what this script cannot do."""
-    flag, declared = f"--model_name {config.model_name}", None
+    flag, way_out = f"--model_name {config.model_name}", "choose another model"
     modules = read_json(config.model_name, "modules.json")  # of sentence-transformers
-    for module in modules or [{"type": "Pooling", "path": "1_Pooling"}]:
-        kind = module["type"].split(".")[-1]
-        if kind not in ("Transformer", "Pooling", "Normalize", "Dropout"):
-            fail(flag, f"its modules.json asks for {kind}, which this script cannot do", "choose another model")
-        settings = read_json(config.model_name, f"{module['path']}/config.json") if kind == "Pooling" else None
-        if settings or (modules and kind == "Pooling"):
-            modes = settings.get("pooling_mode") or [
-                mode for mode in settings if re.match("pooling_mode_", mode) and settings[mode]
-            ]
-            modes = [modes] if isinstance(modes, str) else modes
-            declared = re.sub("pooling_mode_|_tokens?$|token$", "", "+".join(modes)) or "unknown"
-            if settings.get("include_prompt") is False and tokens.instruction:
-                declared += " without the prompt"
+    paths = {module["type"].split(".")[-1]: module["path"] for module in modules} or {"Pooling": "1_Pooling"}
+    for kind in paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
+        fail(flag, f"its modules.json asks for {kind}, which this script cannot do", way_out)
+    settings = read_json(config.model_name, f"{paths.get('Pooling')}/config.json")
+    modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
+    modes = "+".join([modes] if isinstance(modes, str) else modes)
+    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
     if config.pooling != "auto":
-        if declared and declared != config.pooling:
+        if declared not in (None, config.pooling):
             print0(f"warning: --pooling {config.pooling}, but the model declares {declared}", file=sys.stderr)
         return config.pooling, "asked for"
     if declared not in (None, "last", "mean", "cls"):
-        fail(
-            flag, f"it declares pooling {declared}, which this script cannot do", "choose another model, or a --pooling"
-        )
+        fail(flag, f"it declares pooling {declared}, which this script cannot do", f"{way_out} or a --pooling")
     return declared or "last", "declared by the model" if declared else "the model declares none"
 
 
@@ -340,12 +332,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     except Exception as error:
         if "trust_remote_code" in str(error):
             trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
-        for path in Path(name).glob("*.*"):
-            if (
-                path.is_file()
-                and path.stat().st_size < 1000
-                and path.read_bytes().startswith(b"version https://git-lfs")
-            ):
+        for path in filter(Path.is_file, Path(name).glob("*.*")):
+            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
                 trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
         with fail_on(Exception, flag, trouble, way_out):
             raise
@@ -432,10 +420,10 @@ def check_numbers(vectors: Tensor, rows: np.ndarray, config: EmbedConfig) -> np.
     vectors = vectors.cpu().numpy()
     if not (sound := is_unit(vectors)).all():
         way_out = (
-            "use --dtype float32" if config.dtype != "float32" else "the model's weights must be damaged: get it again"
+            "the model's weights are damaged: get it again" if config.dtype == "float32" else "use --dtype float32"
         )
         if config.store.exists():
-            way_out = f"delete {config.store}, and {way_out}"
+            way_out = f"delete {config.store}; {way_out}"
         fail(config.tokens_path, f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}", way_out)
     return vectors
 
@@ -453,7 +441,7 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} --max_length {limit}")
     if name != tokens.model_name:
         with fail_on(Exception, flag, "has no tokenizer", "put the tokenizer's files beside the weights"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         texts = pl.scan_parquet(config.catalogue_path, glob=False).select("item_context").head(ITEMS_CHECKED).collect()
         for text, start, length in zip(texts.to_series(), tokens.starts, tokens.lengths, strict=False):
             prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
@@ -463,14 +451,11 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
     with fail_on(Exception, flag, f"cannot embed an item of {longest} tokens", "choose a text encoder that can"):
         vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
     if model.missing and vector.isnan().any():
-        trouble = f"its files lack {len(model.missing)} weights or have them in another shape, {model.missing[0]} first"
-        fail(flag, trouble, "download it again, or save it with save_pretrained of the model that was trained")
+        trouble = f"{len(model.missing)} weights are not in its files or of another shape, {model.missing[0]} first"
+        fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     last = tokens.ids[tokens.starts + tokens.lengths - 1]
     if config.pooling == "last" and (last != last[0]).any():
-        print0(
-            "warning: the items end in different tokens, but a model with --pooling last expects one end token",
-            file=sys.stderr,
-        )
+        print0("warning: --pooling last expects one end token, but items end in different ones", file=sys.stderr)
     return vector.shape[1]
 
 
@@ -590,9 +575,7 @@ def embed_all(
 # ---------------------------------------------------------------- output
 
 
-def reuse(
-    model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray
-) -> np.ndarray:
+def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray) -> np.ndarray:
     """Copies vectors of the earlier output into the store, for texts (N hashes) it has; returns which: (N) bool."""
     path, metadata, kept = config.target, read_metadata(config.target), np.zeros(len(texts), dtype=bool)
     if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
@@ -608,11 +591,6 @@ def reuse(
             vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()[match[rows] % ROWS_PER_GROUP]
             store.write(rows, vectors, "vectors-reused")
             kept[rows] = is_unit(vectors)
-    for row in np.flatnonzero(kept)[:: max(1, kept.sum() // ITEMS_CHECKED), None]:
-        if (embed(model, tokens, row, config).cpu().numpy() * store.read(row)).sum() < GOOD_AGREEMENT:
-            print(f"no vector of {path} is kept: the model gives other vectors for the same texts now")
-            (store.folder / "vectors-reused").unlink()
-            return np.zeros_like(kept)
     print(f"{kept.sum():,} of {len(texts):,} items keep the vector of an earlier run, {(~kept).sum():,} are embedded")
     return kept
 
@@ -645,7 +623,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
-    for library in ("huggingface_hub", "transformers"):  # a line for every retry, a table of every unused weight
+    for library in ("huggingface_hub", "transformers"):  # they print every retry, and every unused weight
         logging.getLogger(library).setLevel(logging.ERROR)
     device, reason = choose_device(config.device)
     if device.type == "cpu":
@@ -662,7 +640,7 @@ def main(argv: list[str] | None = None) -> None:
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    config.pooling, why = choose_pooling(config, tokens)
+    config.pooling, why = choose_pooling(config)
     with lock(config.target) if RANK == 0 else nullcontext():
         model = load_model(config.model_name, getattr(torch, config.dtype), device)
         size = check_fit(model, tokens, config)
@@ -697,7 +675,7 @@ def main(argv: list[str] | None = None) -> None:
             store.open(metadata)
             is_wanted = first == np.arange(n)
             if config.reuse:
-                is_wanted &= ~reuse(model, tokens, config, store, recipe, texts)
+                is_wanted &= ~reuse(config, store, recipe, texts)
             batches = batches_by_length(np.flatnonzero(is_wanted), tokens.lengths, config.tokens_per_batch)
             shared = [store.unfinished(batches)]
         if WORLD > 1:

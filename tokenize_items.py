@@ -144,12 +144,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except Exception as error:
         if "trust_remote_code" in str(error):
             trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
-        for path in Path(name).glob("*.*"):
-            if (
-                path.is_file()
-                and path.stat().st_size < 1000
-                and path.read_bytes().startswith(b"version https://git-lfs")
-            ):
+        for path in filter(Path.is_file, Path(name).glob("*.*")):
+            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
                 trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
         with fail_on(Exception, flag, trouble, way_out):
             raise
@@ -182,7 +178,8 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
     starts = [*prompts.values(), *([] if {"document", "passage", "corpus"} & prompts.keys() else [""])]
     fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
     if "__version__" in declared and not any(fits):  # of sentence-transformers
-        trouble = f"the model declares the prompts {prompts}, but the texts start with {(config.prompt + text)[:40]!r}"
+        declared = ", ".join(repr(prompt) for prompt in prompts.values() if prompt) or "none"
+        trouble = f"the model declares the prompts {declared}, but the texts start with {(config.prompt + text)[:30]!r}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
 
@@ -222,7 +219,10 @@ def write(path: Path, tokens: list[np.ndarray], pad_id: int, side: str, settings
     n, width = len(tokens), max(map(len, tokens))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with fail_on(OSError, path, "cannot be written", ROOM):
+        other = fail_on(
+            FileNotFoundError, path, "another run wrote it at the same time", "run again if this one counts"
+        )
+        with fail_on(OSError, path, "cannot be written", ROOM), other:
             with zipfile.ZipFile(temporary, "w") as archive:
                 for i, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -249,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints a line for every retry without a network
+    for library in ("huggingface_hub", "transformers"):  # they print a line for every retry without a network
+        logging.getLogger(library).setLevel(logging.ERROR)
     source = Path(config.data_dir, f"{config.category}_items_updated.parquet")
     target = Path(config.data_dir, f"{config.category}_tokenized.npz")
 
