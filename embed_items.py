@@ -61,7 +61,7 @@ ROOM = "make room or set the rights there, or choose another --data_dir"
 
 # Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
 RANK, WORLD, LOCAL_RANK = (
-    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+    int(os.environ.get(name, default)) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items()
 )
 print0 = print if RANK == 0 else lambda *_, **__: None
@@ -337,6 +337,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
                 trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
         with fail_on(Exception, flag, trouble, way_out):
             raise
+    if unused := sorted(info["unexpected_keys"]):
+        print0(f"{len(unused)} weights in its files are not used, {unused[0]} first")
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     model.missing = [name for name, _ in model.named_parameters() if name in missing]
     for name in model.missing:
@@ -629,8 +631,9 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if WORLD > 1:
-        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        print0(f"waiting for {WORLD} processes at {place}", flush=True)
+        if LOCAL_RANK == 0:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            print(f"waiting for {WORLD} processes at {place}", flush=True)
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # sends lists of batches; vectors go through files
 
     tokens = read_tokens(config.tokens_path, config.num_rows)

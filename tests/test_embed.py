@@ -488,6 +488,13 @@ def test_weights_that_do_not_fit_the_model_are_refused(bert_dir, tiny_bert, tmp_
     assert f"--model_name {unfit}: {missing} weights are not in its files or of another shape, " in line
 
 
+def test_weights_that_the_model_does_not_use_are_counted(bert_dir, tiny_bert, tmp_path, reference, capsys):
+    more = change_weights(tiny_bert, tmp_path / "more", lambda w: w | {"encoder.layer.2.a": torch.ones(2)})
+    main(flags(bert_dir, "--model_name", more))
+    assert "1 weights in its files are not used, encoder.layer.2.a first" in capsys.readouterr().out
+    assert np.abs(read_vectors(bert_dir) - reference("bert", "last")).max() < 1e-5
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_a_pooler_that_no_vector_needs_may_be_missing(bert_dir, tiny_bert, tmp_path, reference, run_script, pooling):
     headless = change_weights(tiny_bert, tmp_path / "headless", without("pooler"))
@@ -721,6 +728,16 @@ def test_tokens_of_another_catalogue_are_refused(with_earlier, catalogue, refuse
     assert f"{with_earlier / 'Tiny_tokenized.npz'}: made from another catalogue" in line
     assert str(path) in line
     assert "run tokenize_items.py again" in line
+
+
+def test_a_folder_in_place_of_the_catalogue_is_refused(with_earlier, catalogue, refused):
+    path = with_earlier / "Tiny_items_updated.parquet"
+    path.unlink()
+    path.mkdir()
+    catalogue.write_parquet(path / "part-0.parquet")
+    assert f"{path}: not a readable parquet file ([Errno 21] Is a directory" in refused(
+        main, flags(with_earlier), with_earlier
+    )
 
 
 def test_a_missing_catalogue_is_refused(with_earlier, refused):
