@@ -91,7 +91,7 @@ class EmbedConfig:
     reuse: bool = HfArg(
         default=False, help="Keep the vectors of texts in the earlier output, if its model and settings are the same."
     )
-    overwrite: bool = HfArg(default=False, help="Embed again even if the output is complete already.")
+    overwrite: bool = HfArg(default=False, help="Replace an output that is complete already, or has more rows.")
 
     @property
     def tokens_path(self) -> Path:
@@ -643,9 +643,9 @@ def main(argv: list[str] | None = None) -> None:
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    config.pooling, why = choose_pooling(config)
     with lock(config.target) if RANK == 0 else nullcontext():
         model = load_model(config.model_name, getattr(torch, config.dtype), device)
+        config.pooling, why = choose_pooling(config)  # after the model, whose error says why no file can be found
         size = check_fit(model, tokens, config)
         config.target_dim = min(config.target_dim, size)
         print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why}), batches of "
