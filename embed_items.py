@@ -166,12 +166,10 @@ def lock(path: Path) -> IO:
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
-    try:
+    taken = fail_on(BlockingIOError, path, "another run is writing it", "wait for that one, or choose another folder")
+    with suppress(OSError), taken:  # other errors: this file system has no locks
         if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # other errors: this file system has no locks
-            fail(path, "another run is writing it", "wait for that one, or choose another folder")
     return file
 
 
@@ -257,10 +255,7 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
 
 
 def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str]:
-    """Checks that the tokens were made from this catalogue.
-
-    Returns a 64-bit hash of the text of each item, (N), and the SHA-256 of the file.
-    """
+    """Checks that the tokens are of this catalogue; returns 64-bit hashes of the texts, (N), and the file's SHA-256."""
     path, names = config.catalogue_path, ["parent_asin", "item_context"]
     fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
