@@ -179,7 +179,7 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
     fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
     if "__version__" in declared and not any(fits):  # of sentence-transformers
         declared = ", ".join(repr(prompt) for prompt in prompts.values() if prompt) or "none"
-        trouble = f"the model declares the prompts {declared}, but the texts start with {(config.prompt + text)[:30]!r}"
+        trouble = f"texts start with {(config.prompt + text)[:30]!r}, but prompts that the model declares: {declared}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
 

@@ -137,9 +137,9 @@ TASKS = {"query": "Instruct: Find what was asked for\nQuery:", "document": ""}
     ("prompts", "instruction", "before", "told"),
     [
         (None, "", "", None),
-        (None, "Find its like", "", "prompts none"),
-        (PASSAGES, "", "", "prompts 'query: ', 'passage: '"),
-        (PASSAGES, "Find its like", "passage: ", "prompts 'query: ', 'passage: '"),
+        (None, "Find its like", "", "none"),
+        (PASSAGES, "", "", "'query: ', 'passage: '"),
+        (PASSAGES, "Find its like", "passage: ", "'query: ', 'passage: '"),
         (PASSAGES, "", "passage: ", None),
         ({"query": "query: "}, "", "", None),  # and documents as they are
         (TASKS, "Find its like", "", None),
@@ -154,7 +154,7 @@ def test_other_prompts_than_the_declared_ones_are_warned_of(
     texts = catalogue.with_columns(item_context=pl.lit(before) + pl.col("item_context"))
     texts.write_parquet(data_dir / "Tiny_items_updated.parquet")
     main(flags(data_dir, folder, "--instruction", instruction))
-    warning = re.search(r"^warning: the model declares the (.*), but", capsys.readouterr().err, flags=re.M)
+    warning = re.search(r"^warning: texts .* declares: (.*); see --instruction", capsys.readouterr().err, flags=re.M)
     assert (warning and warning[1]) == told
 
 
