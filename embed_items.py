@@ -5,8 +5,6 @@ Writes  data/output/{category}_items_with_embeddings.parquet   (every catalogue 
 
     python embed_items.py --category Video_Games                             # the best device there is
     python embed_items.py --category Video_Games --num_rows 256 --device cpu # a first look on a laptop
-    python embed_items.py --category Video_Games --model_name /models/qwen3  # a local copy of the npz's model
-    python embed_items.py --category Video_Games --pooling mean              # MiniLM, E5; cls for BGE
     python embed_items.py --category Video_Games --reuse                     # only the items that are new or changed
     torchrun --nproc_per_node=8 embed_items.py --category Video_Games        # eight GPUs
 
@@ -22,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -43,6 +42,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.hf_argparser import HfArg
+from transformers.utils import cached_file
 
 if os.name == "posix":
     import fcntl
@@ -61,7 +61,7 @@ ROOM = "make room or set the rights there, or choose another --data_dir"
 
 # Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
 RANK, WORLD, LOCAL_RANK = (
-    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+    int(os.environ.get(name, default)) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items()
 )
 print0 = print if RANK == 0 else lambda *_, **__: None
@@ -76,8 +76,8 @@ class EmbedConfig:
     category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
     data_dir: str = HfArg(default="data/output", help="Folder of the tokens, the catalogue and the output.")
     model_name: str | None = HfArg(default=None, help="Hub name or folder of the model; by default that of the tokens.")
-    pooling: Literal["last", "mean", "cls"] = HfArg(
-        default="last", help="How hidden states become one vector: last for Qwen3, mean or cls for BERT-style models."
+    pooling: Literal["auto", "last", "mean", "cls"] = HfArg(
+        default="auto", help="How hidden states become one vector; auto is what the model's folder declares, else last."
     )
     target_dim: int = HfArg(default=1024, help="Leading dimensions kept of each vector (at most all).")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(
@@ -91,7 +91,7 @@ class EmbedConfig:
     reuse: bool = HfArg(
         default=False, help="Keep the vectors of texts in the earlier output, if its model and settings are the same."
     )
-    overwrite: bool = HfArg(default=False, help="Embed again even if the output is complete already.")
+    overwrite: bool = HfArg(default=False, help="Replace an output that is complete already, or has more rows.")
 
     @property
     def tokens_path(self) -> Path:
@@ -104,6 +104,10 @@ class EmbedConfig:
     @property
     def target(self) -> Path:
         return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
+
+    @property
+    def store(self) -> Path:
+        return self.target.with_name(f".{self.target.name}.partial")
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -122,14 +126,6 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
         fail(what, f"{trouble} ({first_line})", way_out)
 
 
-def from_rank_0(value: Any) -> Any:
-    """Collective: every process gets the value that rank 0 gives. Rank 0 does not wait for the others."""
-    values = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
 def parse_config(argv: list[str] | None) -> EmbedConfig:
     parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
@@ -137,20 +133,21 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
+        if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
+    config.data_dir = os.path.expanduser(config.data_dir)
+    config.model_name = config.model_name and os.path.expanduser(config.model_name)
     return config
 
 
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device of this process, and the reason for it."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    reason = "the best one here" if name == "auto" else "asked for"
     kind = max(available, key=available.get) if name == "auto" else name  # max returns the first of equals
     if not available[kind]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None), reason
+    device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
+    return device, "the best one here" if name == "auto" else "asked for"
 
 
 def keep_freed_memory() -> None:
@@ -169,12 +166,10 @@ def lock(path: Path) -> IO:
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
-    try:
+    taken = fail_on(BlockingIOError, path, "another run is writing it", "wait for that one, or choose another folder")
+    with suppress(OSError), taken:  # other errors: this file system has no locks
         if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if isinstance(error, BlockingIOError):  # other errors: this file system has no locks
-            fail(path, "another run is writing it", "wait for that one, or choose another folder")
     return file
 
 
@@ -197,6 +192,14 @@ def slices(path: Path, columns: list[str], size: int, n: int | None = None) -> I
     frame = pl.scan_parquet(path, n_rows=n, glob=False).select(columns)
     for start in range(0, frame.select(pl.len()).collect().item(), ROWS_READ):
         yield from frame.slice(start, ROWS_READ).collect().iter_slices(size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
+    try:
+        return pl.read_parquet_metadata(path)
+    except UNREADABLE:
+        return {}
 
 
 # ---------------------------------------------------------------- input
@@ -251,8 +254,8 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     return Tokens(np.frombuffer(ids, np.int32), starts[:num_rows], lengths[:num_rows], **settings)
 
 
-def read_catalogue(config: EmbedConfig, tokens: Tokens) -> np.ndarray:
-    """Checks that the tokens were made from this catalogue; returns a 64-bit hash of the text of each item: (N)."""
+def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str]:
+    """Checks that the tokens are of this catalogue; returns 64-bit hashes of the texts, (N), and the file's SHA-256."""
     path, names = config.catalogue_path, ["parent_asin", "item_context"]
     fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
@@ -265,22 +268,77 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> np.ndarray:
                     fingerprint.update(column.str.len_bytes().to_numpy().tobytes())
                     fingerprint.update(column.str.join().item().encode())
                 texts.append(rows["item_context"].hash().to_numpy())
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     texts, n = np.concatenate(texts), len(tokens.lengths)
     if fingerprint.hexdigest() != tokens.fingerprint or len(texts) < n:
         trouble = f"made from another catalogue, or another order of it, than {path} is now"
         fail(config.tokens_path, trouble, "run tokenize_items.py again")
     print0(f"{n:,} of {len(texts):,} items of {path}")
-    return texts[:n]
+    earlier = int(read_metadata(config.target).get("n_items", 0))
+    if n < len(texts) and n < earlier and not config.overwrite:
+        trouble = f"holds {earlier:,} items, more than the {n:,} of this trial"
+        fail(config.target, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
+    return texts[:n], sha256
 
 
 # ---------------------------------------------------------------- model
 
 
+def read_json(model: str, name: str) -> Any:
+    """A JSON file of the model, from its folder or the hub; empty if there is none."""
+    try:
+        path = cached_file(model, name)
+    except OSError:
+        return {}
+    with fail_on((OSError, ValueError), path, "not a readable JSON file", "get it again"):
+        return json.loads(Path(path).read_text("utf-8"))
+
+
+def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
+    """The pooling and the reason for it; ends the run if the model declares what this script cannot do."""
+    flag, way_out = f"--model_name {config.model_name}", "choose another model"
+    modules = read_json(config.model_name, "modules.json")  # of sentence-transformers
+    paths = {module["type"].split(".")[-1]: module["path"] for module in modules} or {"Pooling": "1_Pooling"}
+    for kind in paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
+        fail(flag, f"its modules.json asks for {kind}, which this script cannot do", way_out)
+    settings = read_json(config.model_name, f"{paths.get('Pooling')}/config.json")
+    modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
+    modes = "+".join([modes] if isinstance(modes, str) else modes)
+    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
+    if config.pooling != "auto":
+        if declared not in (None, config.pooling):
+            print0(f"warning: --pooling {config.pooling}, but the model declares {declared}", file=sys.stderr)
+        return config.pooling, "asked for"
+    if declared not in (None, "last", "mean", "cls"):
+        fail(flag, f"it declares pooling {declared}, which this script cannot do", f"{way_out} or a --pooling")
+    return declared or "last", "declared by the model" if declared else "the model declares none"
+
+
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    way_out = "check the name and the network, or give a local folder"
-    torch.manual_seed(0)  # a pooler that the files lack is made at random, and the digest of the weights covers it
-    with fail_on(Exception, f"--model_name {name}", "no model can be loaded from there", way_out):
-        return AutoModel.from_pretrained(name, dtype=dtype).to(device).eval()
+    """The model; parameters that its files lack are NaN, and `model.missing` says which."""
+    flag, trouble, way_out = f"--model_name {name}", "no model can be loaded from there", "download it there again"
+    if not Path(name).is_dir():
+        way_out = "check the name and the network, or give a local folder"
+        print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
+    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    try:
+        model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
+        for path in filter(Path.is_file, Path(name).glob("*.*")):
+            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+                trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
+        with fail_on(Exception, flag, trouble, way_out):
+            raise
+    if unused := sorted(info["unexpected_keys"]):
+        print0(f"{len(unused)} weights in its files are not used, {unused[0]} first")
+    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    model.missing = [name for name, _ in model.named_parameters() if name in missing]
+    for name in model.missing:
+        model.get_parameter(name).data.fill_(float("nan"))  # not the random numbers that transformers puts there
+    return model.to(device).eval()
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -350,6 +408,23 @@ def embed(
     return F.normalize(pooled.float()[:, : config.target_dim], dim=-1)
 
 
+def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
+    return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
+
+
+def check_numbers(vectors: Tensor, rows: np.ndarray, config: EmbedConfig) -> np.ndarray:
+    """The vectors (B, D) of rows (B) as an array; ends the run if one of them is not of length 1."""
+    vectors = vectors.cpu().numpy()
+    if not (sound := is_unit(vectors)).all():
+        way_out = (
+            "the model's weights are damaged: get it again" if config.dtype == "float32" else "use --dtype float32"
+        )
+        if config.store.exists():
+            way_out = f"delete {config.store}; {way_out}"
+        fail(config.tokens_path, f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}", way_out)
+    return vectors
+
+
 def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> int:
     """Size of the model's vectors; ends the run if the tokens were made for another model or it cannot embed them."""
     name, path = config.model_name, config.tokens_path
@@ -363,7 +438,7 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} --max_length {limit}")
     if name != tokens.model_name:
         with fail_on(Exception, flag, "has no tokenizer", "put the tokenizer's files beside the weights"):
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         texts = pl.scan_parquet(config.catalogue_path, glob=False).select("item_context").head(ITEMS_CHECKED).collect()
         for text, start, length in zip(texts.to_series(), tokens.starts, tokens.lengths, strict=False):
             prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
@@ -371,7 +446,14 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
             if expected != tokens.ids[start : start + length].tolist():
                 fail(path, f"made for {tokens.model_name}, and {name} cuts the same text into other tokens", again)
     with fail_on(Exception, flag, f"cannot embed an item of {longest} tokens", "choose a text encoder that can"):
-        return embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None)).shape[1]
+        vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
+    if model.missing and vector.isnan().any():
+        trouble = f"{len(model.missing)} weights are not in its files or of another shape, {model.missing[0]} first"
+        fail(flag, trouble, "download it again, or save it with the names that transformers gives")
+    last = tokens.ids[tokens.starts + tokens.lengths - 1]
+    if config.pooling == "last" and (last != last[0]).any():
+        print0("warning: --pooling last expects one end token, but items end in different ones", file=sys.stderr)
+    return vector.shape[1]
 
 
 @torch.inference_mode()
@@ -395,11 +477,13 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
     by_length = np.argsort(tokens.lengths, kind="stable")
     count = min(ITEMS_CHECKED, len(by_length), max(2, config.tokens_per_batch // int(tokens.lengths.max())))
     rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-    single = torch.cat([embed(model, tokens, row[None], config) for row in rows])
+    single = check_numbers(torch.cat([embed(model, tokens, row[None], config) for row in rows]), rows, config)
     for prefix in (read_prefix(model, tokens, config), None):
-        agreement = F.cosine_similarity(single, embed(model, tokens, rows, config, prefix)).min().item()
+        together = embed(model, tokens, rows, config, prefix)
+        agreement = (single * together.cpu().numpy()).sum(axis=1).min()
         if agreement >= GOOD_AGREEMENT:
             break
+    check_numbers(together, rows, config)
     if prefix:
         print0(f"the {prefix.get_seq_length()} tokens that all items start with are read once")
     print0(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
@@ -409,10 +493,6 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
 
 
 # ---------------------------------------------------------------- finished vectors
-
-
-def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
-    return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
 
 
 class Store:
@@ -426,16 +506,23 @@ class Store:
     def __init__(self, folder: Path, n: int, dim: int):
         self.folder, self.shape, self.row_bytes = folder, (n, dim), 4 * dim
 
-    def open(self, recipe: dict[str, str]) -> None:
-        """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
+    def recipe(self) -> dict[str, str]:
+        """The recipe of the vectors in the folder; empty if there is none."""
         path = self.folder / "recipe.json"
         if not path.exists():
+            return {}
+        with fail_on((OSError, TypeError, ValueError), path, "damaged", f"delete {self.folder} to start over"):
+            return dict(json.loads(path.read_text()))
+
+    def open(self, recipe: dict[str, str]) -> None:
+        """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
+        if not (earlier := self.recipe()):
             shutil.rmtree(self.folder, ignore_errors=True)
-            with atomic_write(path) as temporary:
+            with atomic_write(self.folder / "recipe.json") as temporary:
                 self.folder.mkdir()
                 temporary.write_text(json.dumps(recipe, indent=1))
+            earlier = recipe
         (self.folder / "vectors-reused").unlink(missing_ok=True)  # perhaps half of a copy; `reuse` makes a new one
-        earlier = json.loads(path.read_text())
         if other := [name for name in recipe if recipe[name] != earlier.get(name)]:
             trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
@@ -478,28 +565,14 @@ def embed_all(
         for i in range(0, len(batches), at_once):
             rows = np.concatenate(batches[i : i + at_once])
             vectors = [embed(model, tokens, batch, config, prefix) for batch in batches[i : i + at_once]]
-            vectors = torch.cat(vectors).cpu().numpy()
-            if not is_unit(vectors).all():
-                trouble = f"row {rows[~is_unit(vectors)].min()} becomes NaN, infinite or zero in {config.dtype}"
-                fail(config.tokens_path, trouble, f"delete {store.folder} and use --dtype float32")
-            store.write(rows, vectors)
+            store.write(rows, check_numbers(torch.cat(vectors), rows, config))
             progress.update(int(lengths[rows].sum()))
 
 
 # ---------------------------------------------------------------- output
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
-    try:
-        return pl.read_parquet_metadata(path)
-    except UNREADABLE:
-        return {}
-
-
-def reuse(
-    model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray
-) -> np.ndarray:
+def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray) -> np.ndarray:
     """Copies vectors of the earlier output into the store, for texts (N hashes) it has; returns which: (N) bool."""
     path, metadata, kept = config.target, read_metadata(config.target), np.zeros(len(texts), dtype=bool)
     if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
@@ -515,11 +588,6 @@ def reuse(
             vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()[match[rows] % ROWS_PER_GROUP]
             store.write(rows, vectors, "vectors-reused")
             kept[rows] = is_unit(vectors)
-    for row in np.flatnonzero(kept)[:: max(1, kept.sum() // ITEMS_CHECKED), None]:
-        if (embed(model, tokens, row, config).cpu().numpy() * store.read(row)).sum() < GOOD_AGREEMENT:
-            print(f"no vector of {path} is kept: the model gives other vectors for the same texts now")
-            (store.folder / "vectors-reused").unlink()
-            return np.zeros_like(kept)
     print(f"{kept.sum():,} of {len(texts):,} items keep the vector of an earlier run, {(~kept).sum():,} are embedded")
     return kept
 
@@ -552,15 +620,19 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints a line for every retry without a network
+    for library in ("huggingface_hub", "transformers"):  # they print every retry, and every unused weight
+        logging.getLogger(library).setLevel(logging.ERROR)
     device, reason = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     if WORLD > 1:
+        if LOCAL_RANK == 0:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            print(f"waiting for {WORLD} processes at {place}", flush=True)
         dist.init_process_group("gloo", timeout=timedelta(days=1))  # sends lists of batches; vectors go through files
 
     tokens = read_tokens(config.tokens_path, config.num_rows)
-    texts = read_catalogue(config, tokens)
+    texts, sha256 = read_catalogue(config, tokens)
     n = len(texts)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -568,9 +640,10 @@ def main(argv: list[str] | None = None) -> None:
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     with lock(config.target) if RANK == 0 else nullcontext():
         model = load_model(config.model_name, getattr(torch, config.dtype), device)
+        config.pooling, why = choose_pooling(config)  # after the model, whose error says why no file can be found
         size = check_fit(model, tokens, config)
         config.target_dim = min(config.target_dim, size)
-        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling}, batches of "
+        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why}), batches of "
                f"{config.tokens_per_batch} tokens, {config.target_dim} of {size} dimensions kept")  # fmt: skip
         recipe = {
             "weights": weights_digest(model),
@@ -581,31 +654,31 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": config.dtype,
             "target_dim": str(config.target_dim),
         }
-        metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
+        metadata, catalogue = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}, {"catalogue": sha256}
         earlier = read_metadata(config.target)
-        store = Store(config.target.with_name(f".{config.target.name}.partial"), n, config.target_dim)
-        with open(config.catalogue_path, "rb") as file:
-            catalogue = {"catalogue": hashlib.file_digest(file, "sha256").hexdigest()}
+        store = Store(config.store, n, config.target_dim)
         if not config.overwrite and metadata.items() <= earlier.items():
             if catalogue.items() <= earlier.items():
-                shutil.rmtree(store.folder, ignore_errors=True)  # left by a kill at the very end
+                if store.recipe() in ({}, metadata):
+                    shutil.rmtree(store.folder, ignore_errors=True)  # left by a kill at the very end
                 print0(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
                 return
             config.reuse = True  # only other columns have changed
 
         _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         first = first[inverse]  # (N) the first row with the same text, the only one embedded
-        batches = None
+        prefix = checked_prefix(model, tokens, config)
+        shared = [None]
         if RANK == 0:
             store.open(metadata)
             is_wanted = first == np.arange(n)
             if config.reuse:
-                is_wanted &= ~reuse(model, tokens, config, store, recipe, texts)
+                is_wanted &= ~reuse(config, store, recipe, texts)
             batches = batches_by_length(np.flatnonzero(is_wanted), tokens.lengths, config.tokens_per_batch)
-            batches = store.unfinished(batches)
-        batches = from_rank_0(batches)
-        prefix = checked_prefix(model, tokens, config)
-        embed_all(model, tokens, config, prefix, store, batches[RANK::WORLD])
+            shared = [store.unfinished(batches)]
+        if WORLD > 1:
+            dist.broadcast_object_list(shared)  # from rank 0, which does not wait for the others
+        embed_all(model, tokens, config, prefix, store, shared[0][RANK::WORLD])
         if WORLD > 1:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:

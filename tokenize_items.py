@@ -10,13 +10,15 @@ Writes  data/output/{category}_tokenized.npz           (input_ids, attention_mas
 Next: embed_items.py. Shapes: N items, W tokens of the longest item, at most max_length.
 """
 
+import glob
 import hashlib
+import json
 import logging
 import os
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,10 +28,11 @@ import polars as pl
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
+from transformers.utils import cached_file
 
 FORMAT_VERSION = 2
 FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; embed_items.py must use the same
-END_OF_TEXT = "<|endoftext|>"
+MAX_LENGTH = 2048  # of models that declare no length
 TEXTS_PER_CALL = 2048  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
 ROOM = "make room or set the rights there, or choose another --data_dir"
@@ -46,10 +49,19 @@ class TokenizeConfig:
     model_name: str = HfArg(default="Qwen/Qwen3-Embedding-0.6B", help="Embedding model: a hub name or a local folder.")
     instruction: str = HfArg(
         default="Represent this product so that similar products have similar representations",
-        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for the bare text.",
+        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for the bare text, "
+        "which can start with another prompt.",
     )
-    max_length: int = HfArg(default=2048, help="Maximum tokens of an item, instruction included.")
+    max_length: int | None = HfArg(
+        default=None,
+        help="Maximum tokens of an item, instruction included; by default 2048, or what the model declares.",
+    )
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
+
+    @property
+    def prompt(self) -> str:
+        """As in the model card of Qwen3-Embedding: no space after `Query:`."""
+        return f"Instruct: {self.instruction}\nQuery:" if self.instruction else ""
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -75,9 +87,9 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
     if unknown:
         parser.error(f"unknown argument {unknown[0]!r}")
     for name, minimum in {"max_length": 2, "num_rows": 1}.items():
-        value = getattr(config, name)
-        if value is not None and value < minimum:
+        if (value := getattr(config, name)) is not None and value < minimum:
             parser.error(f"--{name} {value}: must be at least {minimum}")
+    config.data_dir, config.model_name = map(os.path.expanduser, (config.data_dir, config.model_name))
     return config
 
 
@@ -87,7 +99,8 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, and ends the run if they break the contract."""
     if not path.is_file():
-        fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
+        trouble = f"a folder, whose files pl.read_parquet('{path}/*.parquet') reads" if path.is_dir() else "not found"
+        fail(path, trouble, "write your catalogue there as one file, with the columns parent_asin and item_context")
     unreadable = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
     with fail_on(unreadable, path, "not a readable parquet file", "write it again"):
         schema = pl.scan_parquet(path, glob=False).collect_schema()
@@ -122,13 +135,52 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    flag, way_out = f"--model_name {name}", "check the name and the network, or give a local folder"
-    with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
-        tokenizer = AutoTokenizer.from_pretrained(name)
+    flag, trouble, way_out = f"--model_name {name}", "no tokenizer can be loaded from there", "download it there again"
+    if not Path(name).is_dir():
+        way_out = "check the name and the network, or give a local folder"
+        print(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
+        for path in filter(Path.is_file, Path(name).glob("*.*")):
+            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+                trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
+        with fail_on(Exception, flag, trouble, way_out):
+            raise
     # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
     if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
         fail(flag, "has no fast tokenizer (tokenizer.json)", "put the file there, or choose another model")
     return tokenizer
+
+
+def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
+    """Sets max_length, and warns where the tokens differ from what the model's files declare; text: an item's."""
+    declared = {}
+    for name in ("tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+        path = f"{config.model_name}/{name}"
+        with suppress(OSError), fail_on((TypeError, ValueError), path, "damaged", "download it again"):
+            declared |= json.loads(Path(cached_file(config.model_name, name)).read_text("utf-8"))
+    length = declared.get("max_seq_length")
+    asked = config.max_length or min(length or MAX_LENGTH, MAX_LENGTH)
+    config.max_length = min(asked, tokenizer.model_max_length)
+    if config.max_length < asked:
+        print(f"max_length lowered to {config.max_length}, the most that this model reads")
+    elif length:
+        print(f"max_length {config.max_length}, where the model declares {length}")
+
+    # transformers takes tokenizer.json as it is, whatever add_eos_token says
+    if declared.get("add_eos_token") and tokenizer("x")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        trouble = f"no item will end in {tokenizer.eos_token}, which tokenizer_config.json asks for (add_eos_token)"
+        print(f"warning: {trouble}; set tokenizer.add_eos_token = True in Python and save it", file=sys.stderr)
+    prompts = declared.get("prompts") or {}
+    starts = [*prompts.values(), *([] if {"document", "passage", "corpus"} & prompts.keys() else [""])]
+    fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
+    if "__version__" in declared and not any(fits):  # of sentence-transformers
+        declared = ", ".join(repr(prompt) for prompt in prompts.values() if prompt) or "none"
+        trouble = f"texts start with {(config.prompt + text)[:30]!r}, but prompts that the model declares: {declared}"
+        print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
 
 def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig) -> tuple[list, int]:
@@ -139,26 +191,13 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)
-    # Qwen3-Embedding's prompt (model card): no space after `Query:`
-    prompt = f"Instruct: {config.instruction}\nQuery:" if config.instruction else ""
     tokens, truncated = [], 0
     for start in tqdm(range(0, len(texts), TEXTS_PER_CALL), unit=" batches", desc="tokenize"):
-        batch = [prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
+        batch = [config.prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
         encodings = backend.encode_batch_fast(batch)  # on all cores
         tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         truncated += sum(bool(encoding.overflowing) for encoding in encodings)
     return tokens, truncated
-
-
-def report(tokens: list[np.ndarray], truncated: int, vocabulary: dict[str, int], max_length: int) -> None:
-    """Prints the lengths of the items, and warns if they lack the last token that Qwen3-Embedding needs."""
-    n, lengths = len(tokens), np.array([len(ids) for ids in tokens])
-    median, high = np.percentile(lengths, [50, 95]).round().astype(int)
-    print(f"tokens an item: median {median}, 95% {high}, longest {lengths.max()}; {lengths.sum():,} in all")
-    print(f"truncated to {max_length} tokens: {truncated:,} of {n:,} items ({truncated / n:.1%})")
-    if missing := sum(ids[-1] != vocabulary.get(END_OF_TEXT) for ids in tokens):
-        trouble = f"{missing:,} of {n:,} items do not end in {END_OF_TEXT}, as Qwen3-Embedding expects"
-        print(f"warning: {trouble}; embed with --pooling mean or cls if this is another model", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- output
@@ -176,32 +215,31 @@ def pad(tokens: list[np.ndarray], width: int, pad_id: int, side: str) -> tuple[n
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, side: str, settings: dict[str, str | int]) -> None:
-    """Writes the npz that np.savez would write, but pads only some rows at a time."""
+    """Writes the npz that np.savez would write, but pads only some rows at a time; moves it to `path` when whole."""
     n, width = len(tokens), max(map(len, tokens))
-    with zipfile.ZipFile(path, "w") as archive:
-        for i, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = {"descr": dtype, "fortran_order": False, "shape": (n, width)}
-                np.lib.format.write_array_header_1_0(member, header)
-                for start in range(0, n, ROWS_PER_WRITE):
-                    member.write(pad(tokens[start : start + ROWS_PER_WRITE], width, pad_id, side)[i])
-        for name, value in settings.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, and moves that file to `path` when the block has written it."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with fail_on(OSError, path, "cannot be written", ROOM):
-            yield temporary
+        other = fail_on(
+            FileNotFoundError, path, "another run wrote it at the same time", "run again if this one counts"
+        )
+        with fail_on(OSError, path, "cannot be written", ROOM), other:
+            with zipfile.ZipFile(temporary, "w") as archive:
+                for i, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        header = {"descr": dtype, "fortran_order": False, "shape": (n, width)}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for start in range(0, n, ROWS_PER_WRITE):
+                            member.write(pad(tokens[start : start + ROWS_PER_WRITE], width, pad_id, side)[i])
+                for name, value in settings.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # also of runs that were killed
+            left.unlink(missing_ok=True)
+    print(f"wrote {path}: {n:,} x {width} tokens, {path.stat().st_size / 1e6:.1f} MB")
 
 
 # ---------------------------------------------------------------- main
@@ -211,7 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints a line for every retry without a network
+    for library in ("huggingface_hub", "transformers"):  # they print a line for every retry without a network
+        logging.getLogger(library).setLevel(logging.ERROR)
     source = Path(config.data_dir, f"{config.category}_items_updated.parquet")
     target = Path(config.data_dir, f"{config.category}_tokenized.npz")
 
@@ -219,10 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     if not os.access(target.parent, os.W_OK):
         fail(target, "cannot be written", ROOM)
     tokenizer = load_tokenizer(config.model_name)
-    if config.max_length > tokenizer.model_max_length:
-        config.max_length = tokenizer.model_max_length
-        print(f"max_length lowered to {config.max_length}, the most that this model reads")
     texts = catalogue["item_context"].head(config.num_rows or catalogue.height)
+    follow_declarations(config, tokenizer, texts[0])
     print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
 
     pad_id, side = tokenizer.pad_token_id or 0, tokenizer.padding_side
@@ -230,7 +267,11 @@ def main(argv: list[str] | None = None) -> None:
     tokens, truncated = tokenize(texts, tokenizer, config)
     if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
         fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
-    report(tokens, truncated, tokenizer.get_vocab(), config.max_length)
+    lengths = np.array([len(ids) for ids in tokens])
+    median, high = np.percentile(lengths, [50, 95]).round().astype(int)
+    print(f"tokens an item: median {median}, 95% {high}, longest {lengths.max()}; {lengths.sum():,} in all")
+    share = truncated / len(texts)
+    print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items ({share:.1%})")
     settings = {
         "max_length": config.max_length,
         "n_items": len(texts),
@@ -240,9 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokenizer": hashlib.sha256(repr(behaviour).encode()).hexdigest(),
         "format_version": FORMAT_VERSION,
     }
-    with atomic_write(target) as temporary:
-        write(temporary, tokens, pad_id, side, settings)
-    print(f"wrote {target}: {len(texts):,} x {max(map(len, tokens))} tokens, {target.stat().st_size / 1e6:.1f} MB")
+    write(target, tokens, pad_id, side, settings)
 
 
 if __name__ == "__main__":

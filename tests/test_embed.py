@@ -1,10 +1,12 @@
 """embed_items.py: vectors against a plain float64 reference, the file's contract, one line for every wrong input."""
 
+import json
 import re
 import runpy
 import shutil
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,6 +15,8 @@ import torch
 from conftest import complaint, files_of, make_texts, save_qwen3
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, Lfm2Config, Lfm2Model, OPTConfig, RobertaConfig, T5Config, ViTConfig
 
 import embed_items
@@ -449,8 +453,188 @@ def test_a_model_that_cannot_be_loaded_is_refused(with_earlier, tiny_encoder, tm
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     line = refused(main, flags(with_earlier, "--model_name", name), with_earlier)
     assert f"--model_name {name}: no model can be loaded from there" in line
-    assert "give a local folder" in line
+    assert ("give a local folder" if kind == "hub name" else "download it there again") in line
 
+
+def rename(prefix: str):
+    return lambda weights: {prefix + name: weight for name, weight in weights.items()}
+
+
+def without(part: str):
+    return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
+
+
+UNFIT = {
+    "a prefix of data-parallel training": (rename("module."), 39),
+    "a prefix of a wrapper": (rename("encoder.model."), 39),
+    "a layer less": (without("layer.1."), 16),
+    "no positions": (without("position_embeddings"), 1),
+    "another shape": (lambda w: {n: t[:, :32].clone() if "word_emb" in n else t for n, t in w.items()}, 1),
+}
+
+
+def change_weights(source, folder, change) -> str:
+    """A copy of the encoder with other weights in its file."""
+    path = Path(copy_encoder(source, folder)) / "model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_weights_that_do_not_fit_the_model_are_refused(bert_dir, tiny_bert, tmp_path, refused, kind):
+    change, missing = UNFIT[kind]
+    unfit = change_weights(tiny_bert, tmp_path / "unfit", change)
+    line = refused(main, flags(bert_dir, "--model_name", unfit, "--pooling", "mean"), bert_dir)
+    assert f"--model_name {unfit}: {missing} weights are not in its files or of another shape, " in line
+
+
+def test_weights_that_the_model_does_not_use_are_counted(bert_dir, tiny_bert, tmp_path, reference, capsys):
+    more = change_weights(tiny_bert, tmp_path / "more", lambda w: w | {"encoder.layer.2.a": torch.ones(2)})
+    main(flags(bert_dir, "--model_name", more))
+    assert "1 weights in its files are not used, encoder.layer.2.a first" in capsys.readouterr().out
+    assert np.abs(read_vectors(bert_dir) - reference("bert", "last")).max() < 1e-5
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+def test_a_pooler_that_no_vector_needs_may_be_missing(bert_dir, tiny_bert, tmp_path, reference, run_script, pooling):
+    headless = change_weights(tiny_bert, tmp_path / "headless", without("pooler"))
+    more = flags(bert_dir, "--model_name", headless, "--pooling", pooling)
+    done = run_script("embed_items.py", *more, cwd=bert_dir)
+    assert done.returncode == 0, done.stderr
+    assert "MISSING" not in done.stdout + done.stderr
+    assert np.abs(read_vectors(bert_dir) - reference("bert", pooling)).max() < 1e-5
+    assert "is complete already" in run_script("embed_items.py", *more, cwd=bert_dir).stdout  # the digest is the same
+
+
+def test_a_git_lfs_pointer_is_named(with_earlier, tiny_encoder, tmp_path, refused):
+    folder = copy_encoder(tiny_encoder, tmp_path / "clone")
+    Path(folder, "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    line = refused(main, flags(with_earlier, "--model_name", folder), with_earlier)
+    assert f"{folder}: model.safetensors is a Git LFS pointer" in line
+    assert "git lfs pull" in line
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(qwen3_dir, tiny_encoder, tmp_path, run_script):
+    folder = copy_encoder(tiny_encoder, tmp_path / "custom")
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "c.Config", "AutoModel": "m.Model"}}
+    Path(folder, "config.json").write_text(json.dumps(own))
+    done = run_script("embed_items.py", *flags(qwen3_dir, "--model_name", folder), cwd=qwen3_dir)
+    assert done.returncode == 2
+    assert "it needs code of its own, which is not supported" in complaint(done.stderr)
+    assert "[y/N]" not in done.stdout
+
+
+def test_a_tilde_is_the_home_folder(qwen3_dir, tiny_encoder, monkeypatch):
+    monkeypatch.setenv("HOME", str(qwen3_dir.parent))
+    copy_encoder(tiny_encoder, qwen3_dir.parent / "model")
+    main(["--category=Tiny", "--device=cpu", f"--data_dir=~/{qwen3_dir.name}", "--model_name=~/model"])
+    assert (qwen3_dir / OUTPUT).exists()
+
+
+# ---------------------------------------------------------------- what the model's folder declares
+
+NEW_TYPE, OLD_TYPE = "sentence_transformers.base.modules.{}", "sentence_transformers.models.{}"
+MODES = {
+    "mean": {"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False},
+    "cls": {"word_embedding_dimension": 48, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False},
+    "last": {"pooling_mode_lasttoken": True, "pooling_mode_mean_tokens": False},
+}
+NEW_MODES = {"mean": "mean", "cls": ["cls"], "last": "lasttoken", "max": "max", "mean+cls": ["mean", "cls"]}
+
+
+def declare(folder, settings: dict, *modules: str, of: str = OLD_TYPE) -> str:
+    """Declares a pooling and modules, as sentence-transformers writes them."""
+    kinds = ["Transformer", "Pooling", *modules]
+    listed = [{"idx": i, "path": f"{i}_{kind}" if i else "", "type": of.format(kind)} for i, kind in enumerate(kinds)]
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    (folder / "modules.json").write_text(json.dumps(listed))
+    return str(folder)
+
+
+@pytest.fixture
+def bert_copy(tiny_bert, tmp_path):
+    return Path(copy_encoder(tiny_bert, tmp_path / "declaring"))
+
+
+@pytest.mark.parametrize("form", ["old", "new"])
+@pytest.mark.parametrize("pooling", MODES)
+def test_pooling_is_the_declared_one(bert_dir, bert_copy, reference, capsys, pooling, form):
+    settings = MODES[pooling] if form == "old" else {"pooling_mode": NEW_MODES[pooling], "include_prompt": True}
+    model = declare(bert_copy, settings, "Normalize", of=OLD_TYPE if form == "old" else NEW_TYPE)
+    main(flags(bert_dir, "--model_name", model))
+    captured = capsys.readouterr()
+    assert f"pooling {pooling} (declared by the model)" in captured.out
+    assert "warning" not in captured.err
+    assert np.abs(read_vectors(bert_dir) - reference("bert", pooling)).max() < 1e-5
+    assert pl.read_parquet_metadata(bert_dir / OUTPUT)["pooling"] == pooling
+
+
+def test_pooling_is_last_where_none_is_declared(bert_dir, bert_copy, reference, capsys):
+    main(flags(bert_dir, "--model_name", str(bert_copy)))
+    assert "pooling last (the model declares none)" in capsys.readouterr().out
+    assert np.abs(read_vectors(bert_dir) - reference("bert", "last")).max() < 1e-5
+
+
+@pytest.mark.parametrize("declared", NEW_MODES)
+def test_a_pooling_against_the_declared_one_is_warned_of(bert_dir, bert_copy, reference, capsys, declared):
+    model = declare(bert_copy, {"pooling_mode": NEW_MODES[declared]})
+    main(flags(bert_dir, "--model_name", model, "--pooling", "mean"))
+    captured = capsys.readouterr()
+    assert "pooling mean (asked for)" in captured.out
+    warning = f"warning: --pooling mean, but the model declares {declared}\n"
+    assert (warning in captured.err) == (declared != "mean")
+    assert np.abs(read_vectors(bert_dir) - reference("bert", "mean")).max() < 1e-5
+
+
+@pytest.mark.parametrize("declared", ["max", "mean+cls"])
+def test_a_declared_pooling_that_is_not_there_is_refused(bert_dir, bert_copy, refused, declared):
+    model = declare(bert_copy, {"pooling_mode": NEW_MODES[declared]})
+    line = refused(main, flags(bert_dir, "--model_name", model), bert_dir)
+    assert f"--model_name {model}: it declares pooling {declared}, which this script cannot do" in line
+
+
+@pytest.mark.parametrize("kind", ["Dense", "WeightedLayerPooling", "LSTM"])
+def test_modules_that_would_be_left_out_are_refused(bert_dir, bert_copy, refused, kind):
+    model = declare(bert_copy, MODES["mean"], kind)
+    line = refused(main, flags(bert_dir, "--model_name", model, "--pooling", "mean"), bert_dir)
+    assert f"--model_name {model}: its modules.json asks for {kind}" in line
+
+
+@pytest.mark.parametrize(("encoder", "mode"), [("bert", "mean"), ("bert", "cls"), ("qwen3", "lasttoken")])
+def test_vectors_are_those_of_sentence_transformers(
+    tmp_path, catalogue, tiny_bert, tiny_encoder, encoder, mode, monkeypatch, capsys
+):
+    st = pytest.importorskip("sentence_transformers", reason="it is in tests/bench/requirements.txt")
+    modules = pytest.importorskip("sentence_transformers.sentence_transformer.modules")
+    transformer = modules.Transformer(str({"bert": tiny_bert, "qwen3": tiny_encoder}[encoder]))
+    transformer.max_seq_length = 40
+    pooling = modules.Pooling(transformer.get_embedding_dimension(), mode)
+    model = st.SentenceTransformer(modules=[transformer, pooling, modules.Normalize()], device="cpu")
+    model.save(str(tmp_path / "model"))
+    catalogue.write_parquet(tmp_path / "Tiny_items_updated.parquet")
+    instruction = "" if encoder == "bert" else INSTRUCTION
+    argv = ["--category", "Tiny", "--data_dir", str(tmp_path), "--model_name", str(tmp_path / "model")]
+    tokenize_items.main([*argv, "--instruction", instruction])
+    main(flags(tmp_path))
+    prompt = PROMPT.format("") if instruction else None
+    model = st.SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    expected = model.encode(catalogue["item_context"].to_list(), prompt=prompt, show_progress_bar=False)
+    assert np.abs(read_vectors(tmp_path) - expected).max() < 1e-5
+
+
+def test_items_that_end_in_no_common_token_are_warned_of(qwen3_dir, catalogue, tiny_encoder, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(copy_encoder(tiny_encoder, tmp_path / "open"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.save_pretrained(tmp_path / "open")
+    tokenize(qwen3_dir, catalogue, tmp_path / "open")
+    capsys.readouterr()
+    for pooling in ("last", "mean"):
+        main(flags(qwen3_dir, "--pooling", pooling))
+        assert ("warning: --pooling last expects one end token" in capsys.readouterr().err) == (pooling == "last")
+
+
+# ---------------------------------------------------------------- models that fit no item
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
@@ -500,8 +684,26 @@ def test_a_vector_that_is_no_number_ends_the_run(with_earlier, tiny_encoder, tmp
     assert exit_info.value.code == 2
     line = complaint(capsys.readouterr().err)
     assert re.search(rf"row ({'|'.join(map(str, hit))}) becomes NaN, infinite or zero in float32", line)
-    assert f"delete {with_earlier / PARTIAL} and use --dtype float32" in line
+    assert f"delete {with_earlier / PARTIAL}; the model's weights are damaged" in line
     assert (with_earlier / OUTPUT).read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_nan_is_told_before_the_work(with_earlier, tiny_encoder, tmp_path, refused, embedded, dtype):
+    """NaN in the weights, or numbers too large for float16."""
+
+    def spoil(weights):
+        weights["norm.weight"] *= float("nan") if dtype == "float32" else 1e6
+        return weights
+
+    spoilt = change_weights(tiny_encoder, tmp_path / "spoilt", spoil)
+    line = refused(main, flags(with_earlier, "--model_name", spoilt, "--dtype", dtype), with_earlier)
+    assert f"becomes NaN, infinite or zero in {dtype}" in line
+    assert ("the model's weights are damaged" if dtype == "float32" else "use --dtype float32") in line
+    assert not embedded
+    if dtype == "float16":  # the advice
+        main(flags(with_earlier, "--model_name", spoilt, "--dtype", "float32"))
+        assert len(read_vectors(with_earlier)) == 60
 
 
 # ---------------------------------------------------------------- another catalogue
@@ -526,6 +728,16 @@ def test_tokens_of_another_catalogue_are_refused(with_earlier, catalogue, refuse
     assert f"{with_earlier / 'Tiny_tokenized.npz'}: made from another catalogue" in line
     assert str(path) in line
     assert "run tokenize_items.py again" in line
+
+
+def test_a_folder_in_place_of_the_catalogue_is_refused(with_earlier, catalogue, refused):
+    path = with_earlier / "Tiny_items_updated.parquet"
+    path.unlink()
+    path.mkdir()
+    catalogue.write_parquet(path / "part-0.parquet")
+    assert f"{path}: not a readable parquet file ([Errno 21] Is a directory" in refused(
+        main, flags(with_earlier), with_earlier
+    )
 
 
 def test_a_missing_catalogue_is_refused(with_earlier, refused):
@@ -820,6 +1032,53 @@ def test_damaged_vectors_are_embedded_again(stopped, reference, harm):
     assert np.abs(read_vectors(stopped) - reference("qwen3", "last")).max() < 1e-5
 
 
+@pytest.mark.parametrize("by", ["embed", "tokenize"])
+def test_a_trial_does_not_replace_more_rows(qwen3_dir, catalogue, tiny_encoder, refused, capsys, by):
+    main(flags(qwen3_dir))
+    complete, trial = (qwen3_dir / OUTPUT).read_bytes(), ["--num_rows", "9"]
+    if by == "tokenize":
+        tokenize(qwen3_dir, catalogue, tiny_encoder, "--num_rows", "9")
+        trial = []
+    line = refused(main, flags(qwen3_dir, *trial), qwen3_dir)
+    assert f"{qwen3_dir / OUTPUT}: holds 60 items, more than the 9 of this trial; --overwrite replaces it" in line
+    refused(main, flags(qwen3_dir, *trial, "--reuse"), qwen3_dir)
+    main(flags(qwen3_dir, *trial, "--overwrite"))
+    assert len(read_vectors(qwen3_dir)) == 9
+    main(flags(qwen3_dir, "--num_rows", "8", "--overwrite"))
+    main(flags(qwen3_dir, *trial))  # more rows than before
+    assert len(read_vectors(qwen3_dir)) == 9
+    tokenize(qwen3_dir, catalogue, tiny_encoder)
+    main(flags(qwen3_dir))
+    assert (qwen3_dir / OUTPUT).read_bytes() == complete
+
+
+def test_a_smaller_catalogue_needs_no_flag(qwen3_dir, catalogue, tiny_encoder, reference):
+    main(flags(qwen3_dir))
+    tokenize(qwen3_dir, catalogue.tail(20), tiny_encoder)
+    main(flags(qwen3_dir))
+    assert np.abs(read_vectors(qwen3_dir) - reference("qwen3", "last")[40:]).max() < 1e-5
+
+
+def test_a_complete_run_leaves_the_vectors_of_another(qwen3_dir, monkeypatch):
+    main(flags(qwen3_dir))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(qwen3_dir, *FEW, "--pooling", "mean"))
+    before = files_of(qwen3_dir)
+    main(flags(qwen3_dir))  # nothing to do
+    assert files_of(qwen3_dir) == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "7"])
+def test_a_damaged_recipe_is_refused(stopped, refused, content):
+    path = stopped / PARTIAL / "recipe.json"
+    path.write_text(content)
+    line = refused(main, flags(stopped), stopped)
+    assert f"{path}: damaged" in line
+    assert f"delete {path.parent} to start over" in line
+
+
 def test_a_trial_leaves_the_vectors_of_a_stopped_run(stopped, refused):
     assert "another n_items" in refused(main, flags(stopped, "--num_rows", "9"), stopped)
 
@@ -838,7 +1097,7 @@ def test_a_complete_output_is_not_made_again_unless_asked(qwen3_dir, embedded, c
         (qwen3_dir / OUTPUT).write_bytes(damaged)
         main(flags(qwen3_dir))
         assert files_of(qwen3_dir) == complete
-    for more in (["--pooling", "mean"], ["--num_rows", "50"], ["--target_dim", "8"]):
+    for more in (["--pooling", "mean"], ["--target_dim", "8"]):
         embedded.clear()
         main(flags(qwen3_dir, *more))
         assert embedded, more
@@ -998,24 +1257,6 @@ def test_reuse_takes_nothing_of_another_recipe(
     out = capsys.readouterr().out
     assert re.search(rf"no vector of {daily / OUTPUT} is kept .*another .*{other}", out)
     assert "keep the vector" not in out
-    assert len(embedded) == DISTINCT
-    assert files_of(daily) == expected
-
-
-def test_reuse_takes_nothing_of_a_model_that_computes_otherwise(daily, monkeypatch, embedded, from_nothing, capsys):
-    """The same weights and configuration in another version of transformers, say."""
-    load = embed_items.load_model
-
-    def load_changed(*arguments):
-        model = load(*arguments)
-        model.rotary_emb.inv_freq *= 0.5
-        return model
-
-    monkeypatch.setattr(embed_items, "load_model", load_changed)
-    expected = files_of(from_nothing(daily))
-    embedded.clear()
-    main(flags(daily, "--reuse"))
-    assert "is kept: the model gives other vectors for the same texts now" in capsys.readouterr().out
     assert len(embedded) == DISTINCT
     assert files_of(daily) == expected
 

@@ -1,5 +1,6 @@
 """tokenize_items.py: exact tokens, exact files, and one plain line for every wrong input."""
 
+import json
 import os
 import re
 import runpy
@@ -92,16 +93,99 @@ def test_max_length_is_lowered_to_what_the_model_reads(data_dir, tiny_bert, caps
     npz = read_npz(data_dir)
     assert npz["input_ids"].shape[1] == npz["max_length"] == 64
     captured = capsys.readouterr()
-    assert "max_length lowered to 64" in captured.out
-    assert "--pooling mean or cls" in captured.err  # no <|endoftext|> there
+    assert "max_length lowered to 64, the most that this model reads" in captured.out
+    assert "larger" not in captured.out + captured.err
+    assert "warning" not in captured.err
 
 
-def test_a_tokenizer_that_does_not_close_its_texts_is_warned_of(data_dir, tiny_encoder, tmp_path, capsys):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+# ---------------------------------------------------------------- what a model declares
+
+
+@pytest.fixture
+def declaring(tiny_bert, tmp_path):
+    """A copy of the BERT whose files declare something: declaring({"sentence_bert_config.json": {...}})."""
+
+    def make(files: dict[str, dict], source=tiny_bert):
+        folder = tmp_path / "declaring"
+        if not folder.exists():
+            shutil.copytree(source, folder)
+        for name, content in files.items():
+            path = folder / name
+            earlier = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(earlier | content))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("more", "length"), [([], 20), (["--max_length", "40"], 40), (["--max_length", "9"], 9)])
+def test_the_declared_length_is_the_default(data_dir, catalogue, declaring, capsys, more, length):
+    folder = declaring({"sentence_bert_config.json": {"max_seq_length": 20, "do_lower_case": False}})
+    main(flags(data_dir, folder, "--instruction", "", *more))
+    npz, tokenizer = read_npz(data_dir), AutoTokenizer.from_pretrained(folder)
+    expected = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in catalogue["item_context"]]
+    assert rows_of(npz) == expected
+    assert npz["max_length"] == length
+    assert f"max_length {length}, where the model declares 20" in capsys.readouterr().out
+
+
+PASSAGES = {"query": "query: ", "passage": "passage: "}
+TASKS = {"query": "Instruct: Find what was asked for\nQuery:", "document": ""}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "instruction", "before", "told"),
+    [
+        (None, "", "", None),
+        (None, "Find its like", "", "none"),
+        (PASSAGES, "", "", "'query: ', 'passage: '"),
+        (PASSAGES, "Find its like", "passage: ", "'query: ', 'passage: '"),
+        (PASSAGES, "", "passage: ", None),
+        ({"query": "query: "}, "", "", None),  # and documents as they are
+        (TASKS, "Find its like", "", None),
+        (TASKS, "", "", None),
+    ],
+)
+def test_other_prompts_than_the_declared_ones_are_warned_of(
+    data_dir, catalogue, declaring, capsys, prompts, instruction, before, told
+):
+    said = {"__version__": {"sentence_transformers": "2.0.0"}} | ({"prompts": prompts} if prompts else {})
+    folder = declaring({"config_sentence_transformers.json": said})
+    texts = catalogue.with_columns(item_context=pl.lit(before) + pl.col("item_context"))
+    texts.write_parquet(data_dir / "Tiny_items_updated.parquet")
+    main(flags(data_dir, folder, "--instruction", instruction))
+    warning = re.search(r"^warning: texts .* declares: (.*); see --instruction", capsys.readouterr().err, flags=re.M)
+    assert (warning and warning[1]) == told
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_missing_end_token_is_warned_of_where_the_model_asks_for_one(
+    data_dir, tiny_encoder, declaring, capsys, asked
+):
+    folder = declaring({}, tiny_encoder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    tokenizer.save_pretrained(tmp_path / "open")
-    main(flags(data_dir, tmp_path / "open"))
-    assert f"warning: 60 of 60 items do not end in {END}" in capsys.readouterr().err
+    tokenizer.save_pretrained(folder)
+    declaring({"tokenizer_config.json": {"add_eos_token": asked}})
+    main(flags(data_dir, folder))
+    error = capsys.readouterr().err
+    assert error.count("warning") == asked
+    assert (f"no item will end in {END}" in error) == asked
+    assert "--pooling" not in error
+
+    tokenizer.add_eos_token = True  # the advice
+    tokenizer.save_pretrained(folder)
+    declaring({"tokenizer_config.json": {"add_eos_token": True}})
+    main(flags(data_dir, folder))
+    assert "warning" not in capsys.readouterr().err
+    assert {row[-1] for row in rows_of(read_npz(data_dir))} == {tokenizer.convert_tokens_to_ids(END)}
+
+
+def test_damaged_declarations_are_refused(data_dir, declaring, refused):
+    folder = declaring({})
+    for content in ("{", "[1]", "7"):
+        (folder / "sentence_bert_config.json").write_text(content)
+        assert f"{folder}/sentence_bert_config.json: damaged" in refused(main, flags(data_dir, folder), data_dir)
 
 
 def test_num_rows_takes_the_first_rows_and_keeps_the_whole_catalogues_fingerprint(data_dir, tiny_encoder):
@@ -297,6 +381,43 @@ def test_a_wrong_flag_is_refused(data_dir, tiny_encoder, refused, kind):
     assert "--help lists the flags" in line
 
 
+def test_a_folder_of_parquet_files_is_named_as_one(data_dir, catalogue, tiny_encoder, refused):
+    path = data_dir / "Tiny_items_updated.parquet"
+    path.unlink()
+    path.mkdir()  # as Spark writes it
+    catalogue.head(30).write_parquet(path / "part-0.parquet")
+    catalogue.tail(30).write_parquet(path / "part-1.parquet")
+    line = refused(main, flags(data_dir, tiny_encoder), data_dir)
+    advice = re.search(
+        r"Tiny_items_updated.parquet: a folder, whose files (pl.read_parquet\(.*\)) reads; .* one file", line
+    )
+    assert eval(advice[1], {"pl": pl}).equals(catalogue)
+
+
+def test_a_tilde_is_the_home_folder(data_dir, tiny_encoder, monkeypatch):
+    monkeypatch.setenv("HOME", str(data_dir.parent))
+    main(["--category=Tiny", "--data_dir=~/output", f"--model_name=~/{os.path.relpath(tiny_encoder, data_dir.parent)}"])
+    assert (data_dir / "Tiny_tokenized.npz").exists()
+
+
+def test_a_git_lfs_pointer_is_named(data_dir, tiny_encoder, tmp_path, refused):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "clone")
+    (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    line = refused(main, flags(data_dir, folder), data_dir)
+    assert f"{folder}: tokenizer.json is a Git LFS pointer" in line
+    assert "git lfs pull" in line
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(data_dir, tiny_encoder, tmp_path, run_script):
+    folder = shutil.copytree(tiny_encoder, tmp_path / "custom")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["t.Tokens", None]}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}))
+    done = run_script("tokenize_items.py", *flags(data_dir, folder), cwd=data_dir)
+    assert done.returncode == 2
+    assert "it needs code of its own, which is not supported" in complaint(done.stderr)
+    assert "[y/N]" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("kind", ["hub name", "empty folder", "garbage", "slow"])
 def test_a_model_without_a_usable_tokenizer_is_refused(data_dir, tiny_encoder, tmp_path, refused, kind):
     folder = tmp_path / "model"
@@ -312,6 +433,16 @@ def test_a_model_without_a_usable_tokenizer_is_refused(data_dir, tiny_encoder, t
     line = refused(main, flags(data_dir, name), data_dir)
     assert f"--model_name {name}" in line
     assert "tokenizer" in line
+    assert ("give a local folder" in line) == (kind == "hub name")
+
+
+def test_the_hub_is_named_before_the_wait_for_it(data_dir, refused, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *_, **__: said.append(capsys.readouterr().out) or 1 / 0
+    )
+    refused(main, flags(data_dir, "nobody/no-such-model"), data_dir)
+    assert "loading nobody/no-such-model from the Hugging Face hub" in said[0]
 
 
 @pytest.mark.parametrize("model", ["tiny_encoder", "tiny_bert"])
@@ -345,6 +476,33 @@ def test_a_folder_without_the_right_to_write_is_told(data_dir, tiny_encoder, ref
         data_dir.chmod(0o700)
     assert "cannot be written" in line
     assert "set the rights" in line
+
+
+def test_two_runs_at_once_leave_a_whole_file(data_dir, tiny_encoder, monkeypatch, capsys):
+    """The second runs from start to end in the middle of the writing of the first."""
+    main(flags(data_dir, tiny_encoder, "--num_rows", "20"))
+    expected = (data_dir / "Tiny_tokenized.npz").read_bytes()
+    pad, ids = tokenize_items.pad, iter([1, 2])
+
+    def beside(*arguments):
+        monkeypatch.setattr(tokenize_items, "pad", pad)
+        monkeypatch.setattr(os, "getpid", lambda: next(ids))
+        main(flags(data_dir, tiny_encoder, "--num_rows", "20"))
+        return pad(*arguments)
+
+    monkeypatch.setattr(tokenize_items, "pad", beside)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(flags(data_dir, tiny_encoder))
+    assert "another run wrote it at the same time" in capsys.readouterr().err
+    assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
+    assert (data_dir / "Tiny_tokenized.npz").read_bytes() == expected
+
+
+def test_what_a_killed_run_left_is_removed(data_dir, tiny_encoder):
+    (data_dir / ".Tiny_tokenized.npz.7.tmp").write_bytes(b"half")
+    main(flags(data_dir, tiny_encoder))
+    assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
 
 
 def test_an_interrupted_write_leaves_the_earlier_output(data_dir, tiny_encoder, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def main() -> None:
         reference = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=flags.device)
         plain = AutoModel.from_pretrained(folder, dtype=dtype).to(device).eval()
     budget = flags.tokens_per_batch or embed_items.TOKENS_PER_BATCH[device.type]
-    config = embed_items.EmbedConfig(tokens_per_batch=budget, target_dim=model.config.hidden_size)
+    config = embed_items.EmbedConfig(tokens_per_batch=budget, target_dim=model.config.hidden_size, pooling="last")
     pad = AutoTokenizer.from_pretrained(flags.tokenizer)
     few = prompts[: flags.padded_rows]
     stage = {}  # of ours: what embed_all alone took, and from what
