@@ -265,7 +265,8 @@ def start_processes(config: RQVAEConfig) -> tuple[torch.device, str]:
             trouble = f"more processes than the {torch.cuda.device_count()} GPUs of this machine"
             fail("torchrun", trouble, "lower --nproc_per_node, or use --device cpu")
         torch.cuda.set_device(LOCAL_RANK)
-    print0(f"waiting for {WORLD} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", flush=True)
+    if LOCAL_RANK == 0:
+        print(f"waiting for {WORLD} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", flush=True)
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(days=1))  # k-means runs on rank 0 alone and may take long
     return torch.device(name, LOCAL_RANK if name == "cuda" else None), f"{reason}; {WORLD} processes"
