@@ -8,12 +8,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from conftest import ROOT, WORDS, files_of
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 import embed_items
 import tokenize_items
@@ -225,30 +227,51 @@ def test_readme_snippet_turns_amazon_metadata_into_a_catalogue(tmp_path, monkeyp
     tokenize_items.main(["--model_name", str(tiny_encoder)])
 
 
-def test_readme_snippet_finds_items_by_their_ids_and_makes_tokens(tmp_path, monkeypatch):
-    codes = [(12, 201, 77), (12, 201, 78), (120, 3, 0), (0, 255, 255)]
-    ids = {
-        f"semantic_id_{level}": pl.Series(column, dtype=pl.Int32)
-        for level, column in enumerate(zip(*codes, strict=True))
+def test_readme_snippets_turn_ids_into_tokens_that_a_language_model_writes(tmp_path, monkeypatch, tiny_encoder):
+    codes = {(12, 201, 77), (12, 201, 78), (120, 3, 0), (0, 255, 255)}
+    codes = sorted(codes | set(zip(*np.random.default_rng(0).integers(0, 256, (3, 40)).tolist(), strict=True)))
+    names = [f"B{i}" for i in range(len(codes))]
+    columns = {
+        f"semantic_id_{i}": pl.Series(column, dtype=pl.Int32) for i, column in enumerate(zip(*codes, strict=True))
     }
-    ids = pl.DataFrame({"parent_asin": list("ABCD")} | ids).with_columns(
-        pl.Series("semantic_id", ["-".join(map(str, each)) for each in codes])
-    )
+    ids = pl.DataFrame({"parent_asin": names, **columns, "semantic_id": ["-".join(map(str, row)) for row in codes]})
     (tmp_path / "data" / "output").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "rqvae").mkdir(parents=True)
     ids.write_parquet(tmp_path / "data" / "output" / "Sample_semantic_ids.parquet")
-    titles = pl.DataFrame({"parent_asin": list("DCBA"), "title": ["four", "three", "two", "one"]})
-    titles.write_parquet(tmp_path / "data" / "output" / "Sample_items_updated.parquet")
+    rqvae = train_rqvae.RQVAE(train_rqvae.RQVAEConfig(item_embedding_dim=16))
+    checkpoint = {"model_state_dict": rqvae.state_dict(), "config": asdict(rqvae.config)}
+    checkpoint |= {"step": 1, "metrics": {}, "data": 0}
+    torch.save(checkpoint, tmp_path / "checkpoints" / "rqvae" / "best_model.pth")
     monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(readme_snippet("semantic_ids.parquet"), names)
-    assert names["same_id"]["title"].to_list() == ["one"]
-    assert names["same_prefix"]["title"].to_list() == ["one", "two"]
-    made = names["items"]["tokens"].to_list()
-    assert made[0] == "<|sid_12|><|sid_457|><|sid_589|>"
-    assert made[3] == "<|sid_0|><|sid_511|><|sid_767|>"
-    vocabulary = names["vocabulary"]
-    assert len(vocabulary) == len(set(vocabulary)) == 768
-    assert {part + ">" for text in made for part in text.split(">")[:-1]} <= set(vocabulary)
+
+    blocks = [block for block in readme_blocks() if "vocabulary" in block or "tokenizer" in block]
+    tokenizer, model = (kind.from_pretrained(tiny_encoder) for kind in (AutoTokenizer, Qwen3ForCausalLM))
+    made = {"tokenizer": tokenizer, "model": model}
+    exec(blocks[0], made)
+    assert made["texts"][codes.index((12, 201, 77))] == "<|sid_start|><|sid_12|><|sid_457|><|sid_589|><|sid_end|>"
+    assert made["index"]["B0"] == [f"<{letter}_{code}>" for letter, code in zip("abc", codes[0], strict=True)]
+    vocabulary = made["vocabulary"]
+    assert len(vocabulary) == len(set(vocabulary)) == 2 + 768
+    assert {token for row in made["tokens"] for token in row} <= set(vocabulary)
+
+    before = model.get_input_embeddings().weight.detach().clone()
+    exec(blocks[1], made)
+    after = model.get_input_embeddings().weight.detach()
+    assert len(after) == len(before) + len(vocabulary) == len(tokenizer)
+    assert torch.equal(after[: len(before)], before)
+    rows = after[tokenizer.convert_tokens_to_ids(vocabulary[2:])]  # (768, H)
+    assert rows.std().item() == pytest.approx(before.std().item(), rel=1e-3)
+    books = torch.cat([quantizer.codebook.detach() for quantizer in rqvae.quantizers])
+    alike = [
+        torch.nn.functional.normalize(each)[:256] @ torch.nn.functional.normalize(each)[:256].T
+        for each in (books, rows)
+    ]
+    assert np.corrcoef(*(each.flatten() for each in alike))[0, 1] > 0.7, "similar codes do not start alike"
+
+    made["prompt"] = tokenizer("lamp, then", add_special_tokens=False, return_tensors="pt").input_ids
+    exec(blocks[2], made)
+    assert len(set(made["items"])) == 10
+    assert set(made["items"]) <= set(names)
 
 
 # ---------------------------------------------------------------- sample
