@@ -65,7 +65,7 @@ RANK, WORLD, LOCAL_RANK = (
     int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
     for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 )
-print0 = print if RANK == 0 else lambda *_: None
+print0 = print if RANK == 0 else lambda *_, **__: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
