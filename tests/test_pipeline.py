@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 
 import numpy as np
 import polars as pl
@@ -153,7 +153,8 @@ def test_help_tells_a_sentence_and_the_default_of_every_flag(main, config, capsy
         sentence = field.metadata["help"]
         assert sentence.endswith(".")
         assert f"--{field.name}" in text
-        assert re.sub(r"\s", "", f"{sentence} (default: {getattr(config, field.name)})") in text
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        assert re.sub(r"\s", "", f"{sentence} (default: {default})") in text
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -530,6 +530,46 @@ def test_a_resumed_run_remembers_its_lowest_validation_loss(folder, monkeypatch)
     assert load(folder / BEST)["step"] == 8
 
 
+@pytest.mark.parametrize("flag", ["category", "data_dir"])
+def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused, flag):
+    shutil.copytree(copy / "data", copy / "more")
+    shutil.copy(copy / SOURCE, copy / SOURCE.replace("Tiny", "Other"))
+    other, was = {"category": ("Other", "Tiny"), "data_dir": ("more", "data")}[flag]
+    line = refused(copy, seed=1, **{flag: other})
+    assert line.startswith(f"error: {BEST}: a model with --{flag} {was}, not {other}; --overwrite"), line
+    assert run(copy, seed=1, data_dir=str(copy / "data")) == 0  # another name of the same folder
+    assert run(copy, "--overwrite", seed=1, **{flag: other}) == 0
+    assert load(copy / BEST)["config"][flag] == other
+
+
+def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
+    trial = {"num_rows": 200, "checkpoint_dir": "trial"}
+    assert f"{BEST}: a model of 300 items, this trial has 200" in refused(copy, num_rows=200)
+    for switches in ([], ["--resume"]):
+        assert f"{IDS}: IDs of 300 items, this trial has 200" in refused(copy, *switches, **trial)
+    assert f"{IDS}: IDs of 300 items" in refused(copy, "--export_only", num_rows=200)
+    (copy / IDS).rename(copy / "whole.parquet")
+    assert run(copy, **trial) == 0  # nothing to lose
+    (copy / "whole.parquet").rename(copy / IDS)
+    assert f"{IDS}: IDs of 300 items" in refused(copy, **trial)  # its model is complete
+    (copy / "trial" / "final_model.pth").unlink()
+    assert f"{IDS}: IDs of 300 items" in refused(copy, "--resume", **trial)
+    assert run(copy, "--export_only", "--overwrite", **trial) == 0
+    assert len(ids_of(copy)) == 200
+    assert run(copy, "--overwrite", num_rows=250) == 0
+    assert load(copy / BEST)["items"] == len(ids_of(copy)) == 250
+    assert run(copy) == 0  # more rows may replace fewer
+    assert len(ids_of(copy)) == N
+
+
+def test_a_model_of_another_run_without_numbered_checkpoints_is_not_resumed(copy, trained, refused):
+    for path in (TEN, TWENTY, FINAL):
+        (copy / path).unlink()
+    assert "trained with --seed 42, not 1" in refused(copy, "--resume", seed=1)
+    assert run(copy, "--resume") == 0  # its own run begins again
+    assert same_files(copy, trained)
+
+
 def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folder, refused):
     flags = {"max_steps": 20, "steps_per_val_log": 10}  # a numbered checkpoint at the last step
     assert run(folder, **flags) == 0
@@ -714,6 +754,22 @@ def test_flags_show_in_the_files(tmp_path):
     assert checkpoint["step"] == 9
     assert checkpoint["config"]["seed"] == 5
     assert not (folder / "checkpoints").exists()
+
+
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    away = {"data_dir": "~/data", "checkpoint_dir": "~/checkpoints"}
+    with contextlib.chdir(tmp_path):
+        assert train_rqvae.main(command(**away)) == 0
+        assert train_rqvae.main(command("--export_only", keep_ids=f"~/{IDS}", **away)) == 0
+    assert set(outputs(tmp_path)) == {f"folder/{name}" for name in (SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY)}
+    assert quality_of(folder)["keep_ids"]["kept"] == N
+
+
+@pytest.mark.parametrize("unlimited", [0, -1])
+def test_without_a_limit_the_epochs_give_the_steps(folder, unlimited):
+    assert run(folder, max_steps=unlimited, num_epochs=3) == 0
+    assert load(folder / FINAL)["step"] == 3 * 4
 
 
 def test_training_never_sees_the_held_out_rows(watched):
@@ -1058,9 +1114,9 @@ def test_more_items_than_ids_are_no_trouble_where_they_may_share(folder, refused
     assert ids_of(folder)["semantic_id"].is_unique().all()
     assert run(folder, "--export_only", codebook_quantization_levels=2, collisions="keep") == 0
     assert ids_of(folder)["semantic_id"].n_unique() <= 64
-    # sizes left to their defaults: the model decides
-    line = refused(folder, "--export_only", codebook_size=256, codebook_quantization_levels=3)
-    assert "300 items, but only 64 IDs" in line
+    for sizes in itertools.product((8, None), (2, None)):  # where one is left out, the model decides
+        flags = dict(zip(("codebook_size", "codebook_quantization_levels"), sizes, strict=True))
+        assert "300 items, but only 64 IDs" in refused(folder, "--export_only", **flags)
 
 
 # ---------------------------------------------------------------- damaged and foreign checkpoints
@@ -1110,10 +1166,13 @@ def test_a_checkpoint_of_other_embeddings_is_not_resumed(copy, refused):
     assert "other embeddings" in refused(copy, "--resume")
 
 
-def test_a_model_of_other_sizes_is_not_exported(copy, refused):
-    for flag, value in {"codebook_size": 16, "codebook_quantization_levels": 2}.items():
+def test_a_model_of_other_flags_is_not_exported(copy, refused):
+    others = {"codebook_size": 16, "codebook_quantization_levels": 2, "encoder_hidden_dims": [16, 32], "seed": 1}
+    for flag, value in (others | {"max_lr": 1e-2, "dtype": "bfloat16", "use_ema_vq": True}).items():
         line = refused(copy, "--export_only", collisions="keep", **{flag: value})
         assert all(word in line for word in (BEST, f"--{flag}")), line
+    line = refused(copy, "--export_only", codebook_size=[8, 8])
+    assert "2 sizes for 3 levels" in line
     catalogue(dim=20).write_parquet(copy / SOURCE)
     line = refused(copy, "--export_only")
     assert all(word in line for word in (BEST, "24-dimensional", "20")), line
@@ -1151,6 +1210,12 @@ def test_files_and_folders_in_each_others_place_are_refused(copy, refused):
     (copy / "file").write_text("a file")
     for place in ("file", "file/deeper"):
         assert place in refused(copy, checkpoint_dir=place)
+    for path, flags in ((BEST, {}), (IDS, {"keep_ids": IDS}), (SOURCE, {})):
+        (copy / path).rename(copy / "away")
+        (copy / path).mkdir()
+        assert f"{path}: is a folder, not one file; " in refused(copy, "--export_only", **flags)
+        (copy / path).rmdir()
+        (copy / "away").rename(copy / path)
     for name in (QUALITY, IDS):
         (copy / name).unlink()
         (copy / name).mkdir()
