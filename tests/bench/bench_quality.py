@@ -71,10 +71,6 @@ class System(NamedTuple):
     written: Tensor | None = None  # (N, L) of the 95%, where they are other than its codes
 
 
-def one_or_all(sizes: list[int]) -> int | list[int]:
-    return sizes[0] if len(set(sizes)) == 1 else sizes
-
-
 def ours(task: Task) -> System:
     flags, folder = task.flags, task.folder
     command = [sys.executable, ROOT / "train_rqvae.py", "--category", SEEN, "--data_dir", folder]
@@ -85,8 +81,10 @@ def ours(task: Task) -> System:
     if done.returncode:
         raise SystemExit(done.stderr)
     model = train_rqvae.load_model(folder / "best_model.pth")
-    columns = [f"semantic_id_{i}" for i in range(LEVELS)]
-    written = pl.read_parquet(folder / f"{SEEN}_semantic_ids.parquet", columns=columns).to_torch().long()
+    columns = pl.read_parquet(
+        folder / f"{SEEN}_semantic_ids.parquet", columns=[f"semantic_id_{i}" for i in range(LEVELS)]
+    )
+    written = torch.from_numpy(columns.to_numpy()).long()
     return System(model.encode_to_semantic_ids, model.decode_from_semantic_ids, written)
 
 
@@ -108,7 +106,8 @@ def fit(optimizer: torch.optim.Adam, loss_of: Callable[[Tensor], Tensor], task: 
 
 
 def usual_recipe(task: Task) -> System:
-    shape = {"codebook_quantization_levels": len(task.sizes), "codebook_size": one_or_all(task.sizes)}
+    size = task.sizes[0] if len(set(task.sizes)) == 1 else task.sizes
+    shape = {"codebook_quantization_levels": len(task.sizes), "codebook_size": size}
     config = train_rqvae.RQVAEConfig(item_embedding_dim=task.x.shape[1], use_rotation_trick=True, **shape)
     model = train_rqvae.RQVAE(config)  # its mean and scale stay 0 and 1: unit vectors as they are
     with torch.no_grad():
@@ -137,7 +136,7 @@ def residual_vq(task: Task) -> System:
     shell = train_rqvae.RQVAE(config)  # for its MLPs and its standardisation
     train_rqvae.fit_standardisation(shell, task.x, torch.arange(len(task.x)))
     quantizer = ResidualVQ(
-        dim=config.codebook_embedding_dim, num_quantizers=len(task.sizes), codebook_size=one_or_all(task.sizes),
+        dim=config.codebook_embedding_dim, num_quantizers=len(task.sizes), codebook_size=tuple(task.sizes),
         kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=2, rotation_trick=task.flags.peer_rotation,
     )  # fmt: skip
 
