@@ -9,18 +9,17 @@
 Embeddings: parent_asin, embedding. Histories: split (train, valid, test), history (parent_asin in order of time) and
 target, what came next in valid and test. Learned from: every position of the train histories, nothing else.
 
-one token          a code for every item: SASRec with a full softmax. Where it falls short of what is known for a
-                   catalogue, the recommender has not learned, and its other figures mean nothing
-text neighbours    no model: the embeddings nearest to that of the last item
-ours               train_rqvae.py by its command line with --recipe and --flags, and the IDs that it writes
-ours + suffix      the same model, its IDs written with --collisions suffix
+one token         a code for every item: SASRec with a full softmax. Where it falls short of what is known for a
+                  catalogue, the recommender has not learned, and its other figures mean nothing
+text neighbours   no model: the embeddings nearest to that of the last item
+ours              the IDs that train_rqvae.py writes with --recipe and --flags; + suffix: with --collisions suffix, too
 faiss, residual k-means, ResidualVQ, usual recipe
-                   of bench_quality.py, fitted to all items, with TIGER's suffix: one more code counts equal items
-random             distinct IDs that mean nothing
---ids NAME=FILE    parent_asin, semantic_id_0, semantic_id_1, ...; items may share an ID
+                  of bench_quality.py, fitted to all items, with TIGER's suffix: one more code counts equal items
+random            distinct IDs that mean nothing
+--ids NAME=FILE   parent_asin, semantic_id_0, semantic_id_1, ...; items may share an ID
 
 Hits are counted on items: those of one ID are ranked in turn, by their interactions in train. Printed: each run, then
-the means over the seeds and the standard deviations. With OMP_NUM_THREADS=1 a run takes one to two minutes of a core.
+means over the seeds and standard deviations. With OMP_NUM_THREADS=1 a run takes one to two minutes of a core.
 
 SASRec: Kang and McAuley, arXiv:1808.09781. TIGER: Rajput et al., arXiv:2305.05065, section 3.2.
 Shapes: N items, L codes in an ID, K codes a level, B histories, T items in a history, D width, W beams.
@@ -67,9 +66,9 @@ FIGURES = ["recall@1", "recall@5", "recall@10", "recall@20", "ndcg@10"]
 
 
 class Rows(NamedTuple):
-    """Histories of one split, by the numbers of the items, with -1 after their ends."""
+    """Histories of one split."""
 
-    history: Tensor  # (R, T)
+    history: Tensor  # (R, T) numbers of items, then -1
     lengths: Tensor  # (R)
     target: Tensor  # (R); -1 in train
 
@@ -283,17 +282,17 @@ def read_ids(path: Path, parent_asin: pl.Series) -> Tensor:
     return ids.cast(pl.Int64).to_torch()
 
 
-def our_ids(sizes: list[int], collisions: list[str], seed: int, flags: argparse.Namespace) -> Path:
-    """Trains in a folder of --cache; where the model is there already, train_rqvae.py only writes its IDs."""
-    shape = [len(sizes), "--codebook_size", *(sizes if len(set(sizes)) > 1 else sizes[:1])]
-    options = ["--codebook_quantization_levels", *shape, *shlex.split(f"{flags.recipe} {flags.flags}"), "--seed", seed]
-    options = list(map(str, options))
-    folder = flags.cache / re.sub(r"\W+", "_", " ".join([flags.embeddings.stem, *options]))[-200:]
+def train_ours(sizes: list[int], collisions: str, seed: int, flags: argparse.Namespace) -> Path:
+    """The IDs, in a folder of --cache; where their model is there already, train_rqvae.py only writes them."""
+    size = " ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
+    options = f"--codebook_quantization_levels {len(sizes)} --codebook_size {size} --seed {seed} "
+    options += f"{flags.recipe} {flags.flags}"
+    folder = flags.cache / re.sub(r"\W+", "_", f"{flags.embeddings.stem} {options}")[:200]
     folder.mkdir(parents=True, exist_ok=True)
     if not (source := folder / "C_items_with_embeddings.parquet").exists():
         source.symlink_to(flags.embeddings.resolve())
-    files = ["--category", "C", "--data_dir", folder, "--checkpoint_dir", folder]
-    command = [sys.executable, ROOT / "train_rqvae.py", *options, *collisions, *files]
+    command = [sys.executable, ROOT / "train_rqvae.py", *shlex.split(f"{options} {collisions}")]
+    command += ["--category", "C", "--data_dir", folder, "--checkpoint_dir", folder]
     done = subprocess.run(command, env=os.environ | {"WANDB_MODE": "disabled"}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -311,8 +310,8 @@ def ids_of(name: str, sizes: list[int], seed: int, dataset: train_rqvae.Embeddin
         numbers = np.random.default_rng(seed).choice(math.prod(sizes), len(x), replace=False)
         return torch.from_numpy(np.stack(np.unravel_index(numbers, sizes), axis=1))
     if name not in PEERS:
-        collisions = ["--collisions", "suffix"] if name == "ours + suffix" else []
-        return read_ids(our_ids(sizes, collisions, seed, flags), parent_asin)
+        collisions = "--collisions suffix" if name == "ours + suffix" else ""
+        return read_ids(train_ours(sizes, collisions, seed, flags), parent_asin)
 
     import bench_quality  # here, as the tests do without its packages
 
