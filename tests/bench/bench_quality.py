@@ -60,6 +60,7 @@ class Task(NamedTuple):
     x: Tensor  # (N, D) their embeddings
     seed: int
     flags: argparse.Namespace
+    sizes: list[int] = [SIZE] * LEVELS  # codes of each level
 
 
 class System(NamedTuple):
@@ -105,14 +106,16 @@ def fit(optimizer: torch.optim.Adam, loss_of: Callable[[Tensor], Tensor], task: 
 
 
 def usual_recipe(task: Task) -> System:
-    config = train_rqvae.RQVAEConfig(item_embedding_dim=task.x.shape[1], use_rotation_trick=True, seed=task.seed)
+    config = train_rqvae.RQVAEConfig(
+        item_embedding_dim=task.x.shape[1], codebook_size=task.sizes, use_rotation_trick=True, seed=task.seed
+    )
     model = train_rqvae.RQVAE(config)  # its mean and scale stay 0 and 1: unit vectors as they are
     with torch.no_grad():
         latents = model.encode(task.x)
     train_rqvae.init_codebooks(model, latents, task.flags.batch_size)
 
     optimizer = torch.optim.Adam(model.parameters())
-    usage, steps = torch.zeros(LEVELS, SIZE, dtype=torch.int64), itertools.count(1)
+    usage, steps = torch.zeros(len(task.sizes), max(task.sizes), dtype=torch.int64), itertools.count(1)
 
     def loss_of(x: Tensor) -> Tensor:
         step = next(steps)
@@ -133,7 +136,7 @@ def residual_vq(task: Task) -> System:
     shell = train_rqvae.RQVAE(config)  # for its MLPs and its standardisation
     train_rqvae.fit_standardisation(shell, task.x, torch.arange(len(task.x)))
     quantizer = ResidualVQ(
-        dim=config.codebook_embedding_dim, num_quantizers=LEVELS, codebook_size=SIZE,
+        dim=config.codebook_embedding_dim, num_quantizers=len(task.sizes), codebook_size=tuple(task.sizes),
         kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=2, rotation_trick=task.flags.peer_rotation,
     )  # fmt: skip
 
@@ -153,22 +156,24 @@ def residual_vq(task: Task) -> System:
 
 
 def faiss_quantizer(task: Task) -> System:
-    dim, bits = task.x.shape[1], int(math.log2(SIZE))
-    quantizer = faiss.ResidualQuantizer(dim, LEVELS, bits)
+    bits = [int(math.log2(size)) for size in task.sizes]
+    bits_vector = faiss.UInt64Vector()
+    faiss.copy_array_to_vector(np.array(bits, dtype=np.uint64), bits_vector)
+    quantizer = faiss.ResidualQuantizer(task.x.shape[1], bits_vector)
     quantizer.cp.seed = 1234 + task.seed
     quantizer.train_type |= faiss.ResidualQuantizer.Train_refine_codebook
     quantizer.train(task.x.numpy())
-    return System(  # eight bits a code: the packed codes are the codes
-        encode=lambda x: torch.from_numpy(quantizer.compute_codes(x.numpy())).long(),
-        decode=lambda codes: torch.from_numpy(quantizer.decode(codes.to(torch.uint8).numpy())),
+    return System(
+        encode=lambda x: torch.from_numpy(faiss.unpack_bitstrings(quantizer.compute_codes(x.numpy()), bits)).long(),
+        decode=lambda codes: torch.from_numpy(quantizer.decode(faiss.pack_bitstrings(codes.int().numpy(), bits))),
     )
 
 
 def residual_k_means(task: Task) -> System:
     mean, codebooks = task.x.mean(0), []
     residuals = task.x - mean
-    for _ in range(LEVELS):
-        fitted = KMeans(SIZE, n_init=1, random_state=task.seed).fit(residuals.numpy())
+    for size in task.sizes:
+        fitted = KMeans(size, n_init=1, random_state=task.seed).fit(residuals.numpy())
         codebooks.append(torch.from_numpy(fitted.cluster_centers_))
         residuals = residuals - codebooks[-1][torch.from_numpy(fitted.labels_).long()]
 
