@@ -27,11 +27,11 @@ Shapes: N items, L codes in an ID, K codes a level, B histories, T items in a hi
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -284,10 +284,9 @@ def read_ids(path: Path, parent_asin: pl.Series) -> Tensor:
 
 def train_ours(sizes: list[int], collisions: str, seed: int, flags: argparse.Namespace) -> Path:
     """The IDs, in a folder of --cache; where their model is there already, train_rqvae.py only writes them."""
-    size = " ".join(map(str, sizes if len(set(sizes)) > 1 else sizes[:1]))
-    options = f"--codebook_quantization_levels {len(sizes)} --codebook_size {size} --seed {seed} "
-    options += f"{flags.recipe} {flags.flags}"
-    folder = flags.cache / re.sub(r"\W+", "_", f"{flags.embeddings.stem} {options}")[:200]
+    options = f"--codebook_quantization_levels {len(sizes)} --codebook_size {' '.join(map(str, sizes))} "
+    options += f"--seed {seed} {flags.recipe} {flags.flags}"
+    folder = flags.cache / hashlib.sha256(f"{flags.embeddings} {options}".encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     if not (source := folder / "C_items_with_embeddings.parquet").exists():
         source.symlink_to(flags.embeddings.resolve())
