@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
+from os.path import expanduser  # unlike that of Path, it leaves an unknown user as it is
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, NoReturn
 
@@ -194,7 +195,7 @@ class RQVAEConfig:
             raise ValueError("--keep_ids: needs --export_only, as the codes of a new model mean other things")
         if self.keep_ids and (self.num_rows or self.collisions == "keep"):
             raise ValueError("--keep_ids: needs the whole catalogue and distinct IDs: no --num_rows, no keep")
-        data, checkpoints = Path(self.data_dir).expanduser(), Path(self.checkpoint_dir).expanduser()
+        data, checkpoints = Path(expanduser(self.data_dir)), Path(expanduser(self.checkpoint_dir))
         self.source = data / f"{self.category}_items_with_embeddings.parquet"
         self.ids_path = data / f"{self.category}_semantic_ids.parquet"
         self.quality_path = data / f"{self.category}_quality.json"
@@ -1312,7 +1313,7 @@ class PreviousIDs(NamedTuple):
 
 def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, provenance: dict[str, str]) -> PreviousIDs:
     """The export that --keep_ids names, for items with these names; ends the run if it is unfit."""
-    path, way_out = Path(config.keep_ids).expanduser(), "name another export, or leave --keep_ids out for new IDs"
+    path, way_out = Path(expanduser(config.keep_ids)), "name another export, or leave --keep_ids out for new IDs"
     width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
     columns = [f"semantic_id_{level}" for level in range(width)]
     with fail_on((*UNREADABLE, ValueError, TypeError), path, "damaged, or not an export with distinct IDs", way_out):
@@ -1667,7 +1668,7 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         was = trained_config(old) if old else config
         for name in ("category", "data_dir"):
             theirs, ours = getattr(was, name), getattr(config, name)
-            if theirs != ours and Path(theirs).expanduser().resolve() != Path(ours).expanduser().resolve():
+            if theirs != ours and Path(expanduser(theirs)).resolve() != Path(expanduser(ours)).resolve():
                 fail(config.best_path, f"a model with --{name} {theirs}, not {ours}", way_out)
         if config.num_rows and old.get("items", 0) > n:
             fail(config.best_path, f"a model of {old['items']:,} items, this trial has {n:,}", way_out)
@@ -1691,7 +1692,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.export_only:
         check_file(config.best_path, "train first, or name another --checkpoint_dir")
     if config.keep_ids is not None:
-        check_file(Path(config.keep_ids).expanduser(), "name an earlier export, or leave --keep_ids out for new IDs")
+        check_file(Path(expanduser(config.keep_ids)), "name an earlier export, or leave --keep_ids out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
