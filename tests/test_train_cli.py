@@ -756,7 +756,7 @@ def test_flags_show_in_the_files(tmp_path):
     assert not (folder / "checkpoints").exists()
 
 
-def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HOME", str(folder))
     away = {"data_dir": "~/data", "checkpoint_dir": "~/checkpoints"}
     with contextlib.chdir(tmp_path):
@@ -764,6 +764,8 @@ def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
         assert train_rqvae.main(command("--export_only", keep_ids=f"~/{IDS}", **away)) == 0
     assert set(outputs(tmp_path)) == {f"folder/{name}" for name in (SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY)}
     assert quality_of(folder)["keep_ids"]["kept"] == N
+    for flag in ("data_dir", "keep_ids"):
+        assert "error: ~no-user/" in refused(folder, "--export_only", **{flag: "~no-user/data"})
 
 
 @pytest.mark.parametrize("unlimited", [0, -1])
