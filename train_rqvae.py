@@ -196,7 +196,9 @@ class RQVAEConfig:
             raise ValueError("--keep_ids: needs --export_only, as the codes of a new model mean other things")
         if self.keep_ids and (self.num_rows or self.collisions == "keep"):
             raise ValueError("--keep_ids: needs the whole catalogue and distinct IDs: no --num_rows, no keep")
-        data, checkpoints = Path(self.data_dir).expanduser(), Path(self.checkpoint_dir).expanduser()
+        for name in ("data_dir", "checkpoint_dir", "keep_ids"):
+            setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
+        data, checkpoints = Path(self.data_dir), Path(self.checkpoint_dir)
         self.source = data / f"{self.category}_items_with_embeddings.parquet"
         self.ids_path = data / f"{self.category}_semantic_ids.parquet"
         self.quality_path = data / f"{self.category}_quality.json"
@@ -1322,7 +1324,7 @@ class PreviousIDs(NamedTuple):
 
 def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, provenance: dict[str, str]) -> PreviousIDs:
     """The export that --keep_ids names, for items with these names; ends the run if it is unfit."""
-    path, way_out = Path(config.keep_ids).expanduser(), "name another export, or leave --keep_ids out for new IDs"
+    path, way_out = Path(config.keep_ids), "name another export, or leave --keep_ids out for new IDs"
     width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
     columns = [f"semantic_id_{level}" for level in range(width)]
     with fail_on((*UNREADABLE, ValueError, TypeError), path, "damaged, or not an export with distinct IDs", way_out):
@@ -1677,12 +1679,11 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
     with suppress(ValueError):
-        old = read_checkpoint(config.best_path) if from_start else None
-        for name in ("category", "data_dir") if old else ():
-            old_value, value = old["config"][name], getattr(config, name)
-            if Path(old_value).expanduser().resolve() != Path(value).expanduser().resolve():
-                fail(config.best_path, f"trained with --{name} {old_value}, not {value}", way_out)
-        if old and config.num_rows and old.get("items", 0) > n:
+        old = read_checkpoint(config.best_path) if from_start else {}
+        source = trained_config(old).source if old else config.source
+        if source.resolve() != config.source.resolve():
+            fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
+        if config.num_rows and old.get("items", 0) > n:
             fail(config.best_path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
@@ -1704,7 +1705,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.export_only:
         check_file(config.best_path, "train first, or name another --checkpoint_dir")
     if config.keep_ids is not None:
-        check_file(Path(config.keep_ids).expanduser(), "name an earlier export, or leave --keep_ids out for new IDs")
+        check_file(Path(config.keep_ids), "name an earlier export, or leave --keep_ids out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")

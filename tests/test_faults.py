@@ -367,7 +367,7 @@ def test_flags_are_taken_or_refused_in_one_line(stages, stopped, stage, tmp_path
             complaint(errors)
             assert {name: content for name, content in files_of(folder).items() if "/." not in name} == before
         elif status == 1:  # only a training whose numbers are none any more
-            assert re.search(r"(became|no validation loss).*train again with a lower --max_lr", complaint(errors))
+            assert re.search(r"became.*train again with a lower --max_lr", complaint(errors))
             assert (folder / OUTPUTS[stage][0]).read_bytes() == b"earlier"
         shutil.rmtree(folder.parent)
 

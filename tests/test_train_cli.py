@@ -536,7 +536,8 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
     shutil.copy(copy / SOURCE, copy / SOURCE.replace("Tiny", "Other"))
     other, was = {"category": ("Other", "Tiny"), "data_dir": ("more", "data")}[flag]
     line = refused(copy, seed=1, **{flag: other})
-    assert line.startswith(f"error: {BEST}: a model with --{flag} {was}, not {other}; --overwrite"), line
+    there = SOURCE.replace(was, other)
+    assert line.startswith(f"error: {BEST}: trained on {SOURCE}, not on {there}; give --overwrite"), line
     assert run(copy, seed=1, data_dir=str(copy / "data")) == 0  # another name of the same folder
     assert run(copy, "--overwrite", seed=1, **{flag: other}) == 0
     assert load(copy / BEST)["config"][flag] == other
@@ -544,16 +545,16 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
     trial = {"num_rows": 200, "checkpoint_dir": "trial"}
-    assert f"{BEST}: a model of 300 items, this trial has 200" in refused(copy, num_rows=200)
+    assert f"{BEST}: trained on 300 items, and this trial has 200" in refused(copy, num_rows=200)
     for switches in ([], ["--resume"]):
-        assert f"{IDS}: IDs of 300 items, this trial has 200" in refused(copy, *switches, **trial)
-    assert f"{IDS}: IDs of 300 items" in refused(copy, "--export_only", num_rows=200)
+        assert f"{IDS}: has 300 items, and this trial 200" in refused(copy, *switches, **trial)
+    assert f"{IDS}: has 300 items" in refused(copy, "--export_only", num_rows=200)
     (copy / IDS).rename(copy / "whole.parquet")
     assert run(copy, **trial) == 0  # nothing to lose
     (copy / "whole.parquet").rename(copy / IDS)
-    assert f"{IDS}: IDs of 300 items" in refused(copy, **trial)  # its model is complete
+    assert f"{IDS}: has 300 items" in refused(copy, **trial)  # its model is complete
     (copy / "trial" / "final_model.pth").unlink()
-    assert f"{IDS}: IDs of 300 items" in refused(copy, "--resume", **trial)
+    assert f"{IDS}: has 300 items" in refused(copy, "--resume", **trial)
     assert run(copy, "--export_only", "--overwrite", **trial) == 0
     assert len(ids_of(copy)) == 200
     assert run(copy, "--overwrite", num_rows=250) == 0
@@ -756,7 +757,7 @@ def test_flags_show_in_the_files(tmp_path):
     assert not (folder / "checkpoints").exists()
 
 
-def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch, refused):
     monkeypatch.setenv("HOME", str(folder))
     away = {"data_dir": "~/data", "checkpoint_dir": "~/checkpoints"}
     with contextlib.chdir(tmp_path):
@@ -764,6 +765,8 @@ def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch):
         assert train_rqvae.main(command("--export_only", keep_ids=f"~/{IDS}", **away)) == 0
     assert set(outputs(tmp_path)) == {f"folder/{name}" for name in (SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY)}
     assert quality_of(folder)["keep_ids"]["kept"] == N
+    for flag in ("data_dir", "keep_ids"):
+        assert "error: ~no-user/" in refused(folder, "--export_only", **{flag: "~no-user/data"})
 
 
 @pytest.mark.parametrize("unlimited", [0, -1])

@@ -1016,16 +1016,6 @@ def test_dataset_is_read_whole_in_pieces(tmp_path, monkeypatch):
     assert torch.equal(EmbeddingDataset(tmp_path / "a.parquet", num_rows=13).embeddings, x[:13].flip(0))
 
 
-def test_processes_read_each_row_once(x, tmp_path):
-    write_catalogue(tmp_path / "a.parquet", x[:20], names=[f"B{row * 7 % 20:02}" for row in range(20)])
-    whole = EmbeddingDataset(tmp_path / "a.parquet")
-    parts = [EmbeddingDataset(tmp_path / "a.parquet", rank=rank, world=3) for rank in range(3)]
-    assert [len(part) for part in parts] == [6, 7, 7]
-    assert np.concatenate([np.sort(part.file_rows) for part in parts]).tolist() == list(range(20))
-    assert all(torch.equal(part.embeddings, x[part.file_rows]) for part in parts)
-    assert sum(part.checksum for part in parts) == whole.checksum
-
-
 def test_checksum_tells_other_names_and_vectors_apart(x, tmp_path):
     names, other = [f"B{row:04}" for row in range(300)], x.clone()
     other[171, 3] += 1e-6
