@@ -1611,7 +1611,7 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
         try:
             run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError as error:
-            warn(f"W&B is out of reach ({first_line(error)}): this run is logged offline")
+            warn(f"W&B is out of reach or refuses the key ({first_line(error)}): this run is logged offline")
             mode, run = "offline", wandb.init(mode="offline", **options)
     except (wandb.errors.Error, ValueError) as error:
         words = " ".join(str(error).splitlines()[:3])  # those of a wrong value are in the second and third line
