@@ -177,14 +177,14 @@ class RQVAEConfig:
     )
 
     def __post_init__(self):
+        sizes = [self.codebook_size] if isinstance(self.codebook_size, int) else list(self.codebook_size)
+        if self.codebook_quantization_levels is None:
+            self.codebook_quantization_levels = 3 if len(sizes) == 1 else len(sizes)
         for name, value in vars(self).items():
             least, most = BOUNDS.get(name, (1, MANY))
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float) and not least <= number <= most:
                     raise ValueError(f"--{name} {number}: must be at least {least:,} and at most {most:,}")
-        sizes = self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size]
-        if self.codebook_quantization_levels is None:
-            self.codebook_quantization_levels = 3 if len(sizes) == 1 else len(sizes)
         self.codebook_size = sizes * self.codebook_quantization_levels if len(sizes) == 1 else sizes
         if len(self.codebook_size) != self.codebook_quantization_levels:
             levels = f"{self.codebook_quantization_levels} levels"
@@ -875,7 +875,7 @@ def read_if_same_run(path: Path, config: RQVAEConfig, data: int) -> dict | None:
 
 def find_resumed(config: RQVAEConfig, data: int, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
-    way_out = "give the same flags as before, or another --checkpoint_dir"
+    way_out = "give the same flags as before, or leave --resume out to train anew"
     for step, path in numbered_checkpoints(config.checkpoints).items():
         try:
             checkpoint = read_checkpoint(path)
@@ -1639,7 +1639,8 @@ def upload_best(run, model: RQVAE, config: RQVAEConfig) -> None:
     """Upload best_model.pth as a W&B artifact, with its metrics."""
     metadata = model.metrics | {"config": asdict(model.config)}
     metadata["unique_proportion"] = model.metrics["catalogue/distinct"]
-    artifact = wandb.Artifact(f"rqvae-{re.sub(r'[^A-Za-z0-9_.-]', '-', config.category)}", "model", metadata=metadata)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"rqvae-{config.category}")[:128]
+    artifact = wandb.Artifact(name, "model", metadata=metadata)
     artifact.add_file(str(config.best_path))
     run.log_artifact(artifact)
 
@@ -1676,18 +1677,23 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
-def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
-    """End the run if it would replace the model of another catalogue or, as a trial, a result of more items."""
+def check_replaced(config: RQVAEConfig, n: int, data: int, from_start: bool) -> None:
+    """End the run if it would replace a model of another catalogue, a stopped run or, as a trial, one of more items."""
     if config.overwrite:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
-    with suppress(ValueError):
-        old = read_checkpoint(config.best_path) if from_start else {}
-        source = trained_config(old).source if old else config.source
-        if source.resolve() != config.source.resolve():
-            fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
-        if config.num_rows and old.get("items", 0) > n:
-            fail(config.best_path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
+    numbered = list(numbered_checkpoints(config.checkpoints).values())
+    for path in [config.best_path, *numbered] if from_start else ():
+        with suppress(ValueError):
+            old = read_checkpoint(path)
+            source = trained_config(old).source
+            if source.resolve() != config.source.resolve():
+                fail(path, f"trained on {source}, not on {config.source}", way_out)
+            if config.num_rows and old.get("items", 0) > n:
+                fail(path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
+            is_stopped = path in numbered and not read_if_same_run(config.final_path, config, data)
+            if is_stopped and not mismatch(old, config, data):
+                fail(path, "saved by this run before it was stopped", "--resume goes on, --overwrite starts over")
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
@@ -1729,7 +1735,7 @@ def main(argv: list[str] | None = None) -> int:
         check_model(model.config, config, dim)
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
-        check_replaced(config, n, from_start=False)
+        check_replaced(config, n, data, from_start=False)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1749,11 +1755,11 @@ def main(argv: list[str] | None = None) -> int:
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
-        check_replaced(config, n, from_start=not (is_trained or resumed))
+        check_replaced(config, n, data, from_start=not (is_trained or resumed))
         if not is_trained:
-            if not resumed and numbered_checkpoints(config.checkpoints):
-                warn(f"the checkpoints in {config.checkpoints} will be replaced; --resume would go on from them")
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
+            for path in numbered_checkpoints(config.checkpoints).values() if RANK == 0 and not resumed else ():
+                path.unlink()  # of an earlier run; --resume must not go on from them
             if not train(config, dataset.embeddings.to(device), plan, data, resumed, run):
                 print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
                 return 130
@@ -1763,6 +1769,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if WORLD > 1:
         dataset = EmbeddingDataset(config.source, config.num_rows)
+        if dataset.checksum != data:
+            fail(config.source, "replaced during the training", "put it back and run the same command again")
     if not config.export_only:
         model = load_model(config.best_path)
         if (best := model.metrics["step"]) < plan.total_steps / 2:

@@ -543,6 +543,20 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
     assert load(copy / BEST)["config"][flag] == other
 
 
+def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
+    assert f"{TWENTY}: saved by this run before it was stopped; --resume goes on" in refused(unfinished)
+    (unfinished / BEST).unlink(missing_ok=True)
+    shutil.copy(unfinished / SOURCE, unfinished / SOURCE.replace("Tiny", "Other"))
+    assert f"{TWENTY}: trained on {SOURCE}" in refused(unfinished, category="Other")
+    assert run(unfinished, "--overwrite") == 0
+    assert same_files(unfinished, trained)
+
+
+def test_a_new_run_leaves_no_checkpoint_of_another_to_resume_from(unfinished, trained):
+    assert run(unfinished, seed=7, steps_per_checkpoint=1000) == 0
+    assert not list(unfinished.glob("checkpoints/checkpoint_step_*"))
+
+
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
     trial = {"num_rows": 200, "checkpoint_dir": "trial"}
     assert f"{BEST}: trained on 300 items, and this trial has 200" in refused(copy, num_rows=200)
@@ -608,9 +622,7 @@ def test_a_complete_run_is_not_repeated_unless_asked(copy, trained, calls, capsy
 @pytest.mark.parametrize(
     ("change", "flags", "trains"),
     [
-        (lambda folder: (folder / FINAL).unlink(), {}, True),
         (lambda folder: (folder / BEST).unlink(), {}, True),
-        (lambda folder: os.truncate(folder / FINAL, 999), {}, True),
         (lambda folder: (folder / IDS).unlink(), {}, False),
         (lambda folder: os.truncate(folder / IDS, 999), {}, False),
         (lambda folder: (folder / QUALITY).unlink(), {}, False),
@@ -619,7 +631,7 @@ def test_a_complete_run_is_not_repeated_unless_asked(copy, trained, calls, capsy
         (None, {"max_steps": 25}, True),
         (None, {"seed": 1}, True),
     ],
-    ids=["no final", "no best", "damaged final", "no IDs", "damaged IDs", "no report", "other collisions", "other data",
+    ids=["no best", "no IDs", "damaged IDs", "no report", "other collisions", "other data",
          "longer", "another seed"],
 )  # fmt: skip
 def test_a_run_that_is_not_complete_does_all_that_is_missing(copy, trained, calls, change, flags, trains):
@@ -769,9 +781,8 @@ def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch, refused):
         assert "error: ~no-user/" in refused(folder, "--export_only", **{flag: "~no-user/data"})
 
 
-@pytest.mark.parametrize("unlimited", [0, -1])
-def test_without_a_limit_the_epochs_give_the_steps(folder, unlimited):
-    assert run(folder, max_steps=unlimited, num_epochs=3) == 0
+def test_without_a_limit_the_epochs_give_the_steps(folder):
+    assert run(folder, max_steps=-1, num_epochs=3) == 0
     assert load(folder / FINAL)["step"] == 3 * 4
 
 
@@ -973,7 +984,7 @@ def test_without_a_network_a_run_goes_on_offline(recorder, monkeypatch, capsys):
 )
 def test_wandb_settings_that_cannot_be_are_refused(unfinished, refused, monkeypatch, mode, project, words):
     monkeypatch.setenv("WANDB_MODE", mode)
-    line = refused(unfinished, wandb_project=project)
+    line = refused(unfinished, "--resume", wandb_project=project)
     assert all(each in line for each in ("--wandb_project", "WANDB_", words)), line
 
 
@@ -1161,7 +1172,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(unfinished, trained, capsys,
 @pytest.mark.parametrize(("name", "value"), [("encoder_hidden_dims", [32]), ("max_lr", 1e-2), ("use_ema_vq", True)])
 def test_a_checkpoint_of_other_flags_is_not_resumed(copy, refused, name, value):
     line = refused(copy, "--resume", **{name: value})
-    assert all(word in line for word in (TWENTY, f"--{name}", "--checkpoint_dir")), line
+    assert all(word in line for word in (TWENTY, f"--{name}", "leave --resume out")), line
 
 
 def test_a_checkpoint_of_other_embeddings_is_not_resumed(copy, refused):
@@ -1194,7 +1205,7 @@ def test_a_model_of_another_category_is_used_with_a_warning(copy, capsys):
 @pytest.mark.parametrize("size", [0, 15_000, 30_000])
 def test_a_full_disk_under_a_checkpoint_is_refused(unfinished, refused, full_disk, size):
     # 30,000 is room for best_model.pth, and not for a numbered checkpoint
-    line = full_disk(partial(refused, unfinished, files_stay=size < 20_000), limit=size)
+    line = full_disk(partial(refused, unfinished, "--overwrite", files_stay=False), limit=size)
     assert "error: checkpoints/" in line
     assert "make room" in line
     assert all(train_rqvae.load_model(path) for path in unfinished.glob("checkpoints/*.pth"))
