@@ -414,7 +414,7 @@ def check_numbers(vectors: Tensor, rows: np.ndarray, config: EmbedConfig) -> np.
     vectors = vectors.cpu().numpy()
     if not (sound := is_unit(vectors)).all():
         trouble = f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}"
-        damaged = "the model's weights are damaged: download it again"
+        damaged = "the model's weights are damaged: download them again"
         fail(config.path(TOKENS), trouble, damaged if config.dtype == "float32" else "use --dtype float32")
     return vectors
 
