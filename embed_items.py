@@ -36,6 +36,7 @@ import polars as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
 from polars.io.plugins import register_io_source
 from torch import Tensor
 from tqdm import tqdm
@@ -47,6 +48,7 @@ from transformers.utils import cached_file
 if os.name == "posix":
     import fcntl
 
+TOKENS, CATALOGUE, OUTPUT = "tokenized.npz", "items_updated.parquet", "items_with_embeddings.parquet"
 FORMAT_VERSION = 2  # of the npz
 FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; tokenize_items.py must use the same
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # many to fill a GPU, few to fit in a CPU's caches
@@ -57,13 +59,12 @@ MIN_PREFIX = 8  # tokens; a shorter prefix saves less time than it costs
 ROWS_READ = 2**16  # rows of a parquet file in memory at once
 ROWS_PER_GROUP = 8192  # rows per row group of the output, which train_rqvae.py reads in parallel
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-ROOM = "make room or set the rights there, or choose another --data_dir"
+ROOM = "free disk space or get write access there, or choose another --data_dir"
 
 # Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
-RANK, WORLD, LOCAL_RANK = (
-    int(os.environ.get(name, default)) if "TORCHELASTIC_RUN_ID" in os.environ else default
-    for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items()
-)
+RANK, WORLD, LOCAL_RANK = 0, 1, 0
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 print0 = print if RANK == 0 else lambda *_, **__: None
 
 # ---------------------------------------------------------------- configuration
@@ -93,21 +94,9 @@ class EmbedConfig:
     )
     overwrite: bool = HfArg(default=False, help="Replace an output that is complete already, or has more rows.")
 
-    @property
-    def tokens_path(self) -> Path:
-        return Path(self.data_dir, f"{self.category}_tokenized.npz")
-
-    @property
-    def catalogue_path(self) -> Path:
-        return Path(self.data_dir, f"{self.category}_items_updated.parquet")
-
-    @property
-    def target(self) -> Path:
-        return Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
-
-    @property
-    def store(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.partial")
+    def path(self, file: str) -> Path:
+        """Path of TOKENS, CATALOGUE or OUTPUT."""
+        return Path(self.data_dir, f"{self.category}_{file}")
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -166,10 +155,13 @@ def lock(path: Path) -> IO:
         if path.is_dir():
             raise IsADirectoryError("a folder has that name")
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
-    taken = fail_on(BlockingIOError, path, "another run is writing it", "wait for that one, or choose another folder")
-    with suppress(OSError), taken:  # other errors: this file system has no locks
+    try:
         if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(path, "another run is writing it", "wait for that one, or choose another folder")
+    except OSError:
+        pass  # a file system without locks
     return file
 
 
@@ -225,9 +217,8 @@ def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator
         (n, width), _, dtype = np.lib.format.read_array_header_1_0(file)
         for start in range(0, n, size):
             rows = min(size, n - start)
+            # with the last byte zipfile compares the checksum
             yield np.frombuffer(file.read(rows * width * dtype.itemsize), dtype).reshape(rows, width)
-        if file.read(1):  # at the end zipfile compares the checksum
-            raise ValueError(f"{name} is longer than {n, width}")
 
 
 def read_tokens(path: Path, num_rows: int | None) -> Tokens:
@@ -241,13 +232,9 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
         settings = {name: npz[name].item() for name in Tokens._fields[3:]}
         ids, lengths = bytearray(), []
         for rows, mask in zip(read_rows(npz.zip, "input_ids"), read_rows(npz.zip, "attention_mask"), strict=True):
-            ids += rows[mask > 0].tobytes()
+            ids += rows[mask > 0].astype(np.int32).tobytes()
             lengths.append((mask > 0).sum(axis=1))
-            if rows.dtype != np.int32:
-                raise ValueError(f"input_ids are {rows.dtype}, not int32")
         lengths = np.concatenate(lengths)
-        if len(lengths) != npz["n_items"]:
-            raise ValueError(f"{len(lengths)} rows, but n_items is {npz['n_items']}")
         if not lengths.all():
             raise ValueError(f"{(lengths == 0).sum()} items have no token, the first in row {lengths.argmin()}")
     starts = lengths.cumsum() - lengths
@@ -256,7 +243,7 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
 
 def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str]:
     """Checks that the tokens are of this catalogue; returns 64-bit hashes of the texts, (N), and the file's SHA-256."""
-    path, names = config.catalogue_path, ["parent_asin", "item_context"]
+    path, names = config.path(CATALOGUE), ["parent_asin", "item_context"]
     fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
         schema = pl.scan_parquet(path, glob=False).collect_schema()
@@ -272,24 +259,33 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     texts, n = np.concatenate(texts), len(tokens.lengths)
     if fingerprint.hexdigest() != tokens.fingerprint or len(texts) < n:
-        trouble = f"made from another catalogue, or another order of it, than {path} is now"
-        fail(config.tokens_path, trouble, "run tokenize_items.py again")
+        trouble = f"does not fit {path}: items, texts or order have changed"
+        fail(config.path(TOKENS), trouble, "run tokenize_items.py again")
     print0(f"{n:,} of {len(texts):,} items of {path}")
-    earlier = int(read_metadata(config.target).get("n_items", 0))
-    if n < len(texts) and n < earlier and not config.overwrite:
-        trouble = f"holds {earlier:,} items, more than the {n:,} of this trial"
-        fail(config.target, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
+    path, earlier = config.path(OUTPUT), read_metadata(config.path(OUTPUT))
+    if n < min(len(texts), int(earlier.get("n_items", 0))) and not config.overwrite:
+        trouble = f"holds {int(earlier['n_items']):,} items, more than the {n:,} of this trial"
+        fail(path, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
+    with suppress(*UNREADABLE):  # nothing to keep
+        is_foreign = "weights" not in earlier and "embedding" in pl.scan_parquet(path, glob=False).collect_schema()
+        if is_foreign and not config.overwrite:
+            fail(path, "holds embeddings that this script has not made", "move it away, or --overwrite replaces it")
     return texts[:n], sha256
 
 
 # ---------------------------------------------------------------- model
 
 
-def read_json(model: str, name: str) -> Any:
+def read_json(config: EmbedConfig, name: str) -> Any:
     """A JSON file of the model, from its folder or the hub; empty if there is none."""
     try:
-        path = cached_file(model, name)
-    except OSError:
+        path = cached_file(config.model_name, name)
+    except OSError as error:  # there is none, or nobody can say so without a network
+        if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
+            trouble = "the hub cannot be asked for it, and it may declare a pooling"
+            if config.pooling == "auto":
+                fail(f"{config.model_name}/{name}", trouble, "go online once, or give --pooling")
+            print0(f"warning: {config.model_name}/{name}: {trouble}", file=sys.stderr)
         return {}
     with fail_on((OSError, ValueError), path, "not a readable JSON file", "get it again"):
         return json.loads(Path(path).read_text("utf-8"))
@@ -298,14 +294,17 @@ def read_json(model: str, name: str) -> Any:
 def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     """The pooling and the reason for it; ends the run if the model declares what this script cannot do."""
     flag, way_out = f"--model_name {config.model_name}", "choose another model"
-    modules = read_json(config.model_name, "modules.json")  # of sentence-transformers
+    modules = read_json(config, "modules.json")  # of sentence-transformers
     paths = {module["type"].split(".")[-1]: module["path"] for module in modules} or {"Pooling": "1_Pooling"}
     for kind in paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
         fail(flag, f"its modules.json asks for {kind}, which this script cannot do", way_out)
-    settings = read_json(config.model_name, f"{paths.get('Pooling')}/config.json")
+    settings = read_json(config, f"{paths['Pooling']}/config.json") if "Pooling" in paths else {}
+    # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}
     modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
     modes = "+".join([modes] if isinstance(modes, str) else modes)
     declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
+    if not settings.get("include_prompt", True):
+        declared = f"{declared} without the prompt"
     if config.pooling != "auto":
         if declared not in (None, config.pooling):
             print0(f"warning: --pooling {config.pooling}, but the model declares {declared}", file=sys.stderr)
@@ -317,23 +316,21 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model; parameters that its files lack are NaN, and `model.missing` says which."""
-    flag, trouble, way_out = f"--model_name {name}", "no model can be loaded from there", "download it there again"
+    flag, way_out = f"--model_name {name}", "download it there again"
     if not Path(name).is_dir():
         way_out = "check the name and the network, or give a local folder"
         print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    try:
-        model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
-        for path in filter(Path.is_file, Path(name).glob("*.*")):
-            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-                trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
-        with fail_on(Exception, flag, trouble, way_out):
+    with fail_on(Exception, flag, "no model can be loaded from there", way_out):
+        try:
+            model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                fail(flag, "it needs code of its own, which is not supported", "choose another model")
+            for path in filter(Path.is_file, Path(name).glob("*.*")):
+                if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+                    fail(flag, f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there")
             raise
-    if unused := sorted(info["unexpected_keys"]):
-        print0(f"{len(unused)} weights in its files are not used, {unused[0]} first")
     missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     model.missing = [name for name, _ in model.named_parameters() if name in missing]
     for name in model.missing:
@@ -416,18 +413,15 @@ def check_numbers(vectors: Tensor, rows: np.ndarray, config: EmbedConfig) -> np.
     """The vectors (B, D) of rows (B) as an array; ends the run if one of them is not of length 1."""
     vectors = vectors.cpu().numpy()
     if not (sound := is_unit(vectors)).all():
-        way_out = (
-            "the model's weights are damaged: get it again" if config.dtype == "float32" else "use --dtype float32"
-        )
-        if config.store.exists():
-            way_out = f"delete {config.store}; {way_out}"
-        fail(config.tokens_path, f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}", way_out)
+        trouble = f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}"
+        damaged = "the model's weights are damaged: download them again"
+        fail(config.path(TOKENS), trouble, damaged if config.dtype == "float32" else "use --dtype float32")
     return vectors
 
 
 def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> int:
     """Size of the model's vectors; ends the run if the tokens were made for another model or it cannot embed them."""
-    name, path = config.model_name, config.tokens_path
+    name, path = config.model_name, config.path(TOKENS)
     flag, again = f"--model_name {name}", f"run tokenize_items.py with --model_name {name}"
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     for token in (tokens.ids.min(), tokens.ids.max()):
@@ -439,7 +433,7 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
     if name != tokens.model_name:
         with fail_on(Exception, flag, "has no tokenizer", "put the tokenizer's files beside the weights"):
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        texts = pl.scan_parquet(config.catalogue_path, glob=False).select("item_context").head(ITEMS_CHECKED).collect()
+        texts = pl.scan_parquet(config.path(CATALOGUE), glob=False).select("item_context").head(ITEMS_CHECKED).collect()
         for text, start, length in zip(texts.to_series(), tokens.starts, tokens.lengths, strict=False):
             prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
             expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
@@ -447,8 +441,9 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
                 fail(path, f"made for {tokens.model_name}, and {name} cuts the same text into other tokens", again)
     with fail_on(Exception, flag, f"cannot embed an item of {longest} tokens", "choose a text encoder that can"):
         vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
-    if model.missing and vector.isnan().any():
-        trouble = f"{len(model.missing)} weights are not in its files or of another shape, {model.missing[0]} first"
+    missing = [name for name in model.missing if not name.startswith("pooler.")]  # which no pooling here uses
+    if missing and vector.isnan().any():
+        trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     last = tokens.ids[tokens.starts + tokens.lengths - 1]
     if config.pooling == "last" and (last != last[0]).any():
@@ -458,15 +453,13 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
 
 @torch.inference_mode()
 def read_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> Cache | None:
-    """Keys and values of the tokens that all items start with; None if these are few or the model is not causal."""
-    ids = tokens.ids[: tokens.lengths.min() - 1]  # at least one token is left of each item
-    for i, token in enumerate(ids):
-        if (tokens.ids[tokens.starts + i] != token).any():
-            ids = ids[:i]
-            break
-    if config.pooling != "last" or len(ids) < MIN_PREFIX:
+    """Keys and values of the tokens that all items start with; None if fewer than MIN_PREFIX or not a causal model."""
+    size, most = 0, tokens.lengths.min() - 1  # at least one token is left of each item
+    while size < most and (tokens.ids[tokens.starts + size] == tokens.ids[size]).all():
+        size += 1
+    if config.pooling != "last" or size < MIN_PREFIX:
         return None
-    input_ids = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(model.device)
+    input_ids = torch.from_numpy(tokens.ids[:size].astype(np.int64)).unsqueeze(0).to(model.device)
     cache = getattr(model(input_ids=input_ids, use_cache=True), "past_key_values", None)
     layers = {type(layer) for layer in getattr(cache, "layers", [])}
     return cache if layers and layers <= {DynamicLayer, DynamicSlidingWindowLayer} else None
@@ -500,19 +493,17 @@ class Store:
 
     recipe.json      what the vectors depend on
     vectors-R        vectors of the process of rank R: sparse, float32, zero where it has embedded nothing
-    vectors-reused   vectors of an earlier output
     """
 
-    def __init__(self, folder: Path, n: int, dim: int):
-        self.folder, self.shape, self.row_bytes = folder, (n, dim), 4 * dim
+    def __init__(self, output: Path, n: int, dim: int):
+        self.folder = output.with_name(f".{output.name}.partial")
+        self.shape, self.row_bytes = (n, dim), 4 * dim
 
     def recipe(self) -> dict[str, str]:
         """The recipe of the vectors in the folder; empty if there is none."""
         path = self.folder / "recipe.json"
-        if not path.exists():
-            return {}
         with fail_on((OSError, TypeError, ValueError), path, "damaged", f"delete {self.folder} to start over"):
-            return dict(json.loads(path.read_text()))
+            return dict(json.loads(path.read_text() if path.exists() else "{}"))
 
     def open(self, recipe: dict[str, str]) -> None:
         """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
@@ -522,14 +513,13 @@ class Store:
                 self.folder.mkdir()
                 temporary.write_text(json.dumps(recipe, indent=1))
             earlier = recipe
-        (self.folder / "vectors-reused").unlink(missing_ok=True)  # perhaps half of a copy; `reuse` makes a new one
         if other := [name for name in recipe if recipe[name] != earlier.get(name)]:
-            trouble = f"holds the vectors of a stopped run with another {', '.join(other)}"
+            trouble = f"holds the vectors of a stopped run that differs in: {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
 
-    def write(self, rows: np.ndarray, vectors: np.ndarray, name: str = f"vectors-{RANK}") -> None:
+    def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Keeps the vectors (B, D) of rows (B)."""
-        path = self.folder / name
+        path = self.folder / f"vectors-{RANK}"
         with fail_on(OSError, path, "cannot be written", ROOM), open(path, "r+b" if path.exists() else "w+b") as file:
             file.truncate(self.shape[0] * self.row_bytes)
             for row, vector in zip(rows.tolist(), vectors, strict=True):
@@ -546,7 +536,7 @@ class Store:
         return result
 
     def unfinished(self, batches: list[np.ndarray]) -> list[np.ndarray]:
-        """Batches with an unfinished row. They are embedded whole, so that a stopped run gives the same vectors."""
+        """Batches with an unfinished row. A batch is embedded whole, because other batches would round differently."""
         left = [rows for rows in batches if not is_unit(self.read(rows)).all()]
         if len(left) < len(batches):
             finished = sum(map(len, batches)) - sum(map(len, left))
@@ -574,19 +564,20 @@ def embed_all(
 
 def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray) -> np.ndarray:
     """Copies vectors of the earlier output into the store, for texts (N hashes) it has; returns which: (N) bool."""
-    path, metadata, kept = config.target, read_metadata(config.target), np.zeros(len(texts), dtype=bool)
+    path, metadata, kept = config.path(OUTPUT), read_metadata(config.path(OUTPUT)), np.zeros(len(texts), dtype=bool)
     if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
-        print(f"no vector of {path} is kept (not found, or made with another {', '.join(other)}): all are embedded")
+        print(f"no vector of {path} is kept (not found, or made with other settings: {', '.join(other)})")
         return kept
     with fail_on(UNREADABLE, path, "not a readable parquet file", "delete it"):
         pieces = slices(path, ["item_context"], ROWS_READ)
         earlier = np.concatenate([piece["item_context"].hash().to_numpy() for piece in pieces])
         order = np.argsort(earlier)
-        match = order[np.searchsorted(earlier, texts, sorter=order).clip(max=len(earlier) - 1)]  # (N) earlier rows
+        # (N) row of the earlier output with this text, if there is one
+        place = order[np.searchsorted(earlier, texts, sorter=order).clip(max=len(earlier) - 1)]
         for i, piece in enumerate(slices(path, ["embedding"], ROWS_PER_GROUP)):
-            rows = np.flatnonzero((earlier[match] == texts) & (match // ROWS_PER_GROUP == i))
-            vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()[match[rows] % ROWS_PER_GROUP]
-            store.write(rows, vectors, "vectors-reused")
+            rows = np.flatnonzero((earlier[place] == texts) & (place // ROWS_PER_GROUP == i))
+            vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()[place[rows] % ROWS_PER_GROUP]
+            store.write(rows, vectors)
             kept[rows] = is_unit(vectors)
     print(f"{kept.sum():,} of {len(texts):,} items keep the vector of an earlier run, {(~kept).sum():,} are embedded")
     return kept
@@ -594,23 +585,23 @@ def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray) ->
 
 def write(config: EmbedConfig, store: Store, first: np.ndarray, metadata: dict[str, str]) -> None:
     """Writes the catalogue with the vectors of the rows `first` (N)."""
-    schema = pl.scan_parquet(config.catalogue_path, glob=False).collect_schema()
+    schema = pl.scan_parquet(config.path(CATALOGUE), glob=False).collect_schema()
 
     def pieces(*_) -> Iterator[pl.DataFrame]:
-        for i, piece in enumerate(slices(config.catalogue_path, list(schema), ROWS_PER_GROUP, len(first))):
+        for i, piece in enumerate(slices(config.path(CATALOGUE), list(schema), ROWS_PER_GROUP, len(first))):
             vectors = store.read(first[i * ROWS_PER_GROUP :][: piece.height])
             if not is_unit(vectors).all():
                 fail(store.folder, "vectors are missing", "run the same command again")
             yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
 
-    with atomic_write(config.target) as temporary:
+    with atomic_write(config.path(OUTPUT)) as temporary:
         register_io_source(pieces, schema=schema | {"embedding": pl.List(pl.Float32)}).sink_parquet(
             temporary,
             compression="uncompressed",  # zstd would make the vectors 7% smaller in twice the time
             row_group_size=ROWS_PER_GROUP,
             metadata=metadata | {"rows_per_group": str(ROWS_PER_GROUP)},
         )
-    print(f"wrote {config.target}: {len(first):,} x {config.target_dim}")
+    print(f"wrote {config.path(OUTPUT)}: {len(first):,} x {config.target_dim}")
 
 
 # ---------------------------------------------------------------- main
@@ -629,18 +620,19 @@ def main(argv: list[str] | None = None) -> None:
         if LOCAL_RANK == 0:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             print(f"waiting for {WORLD} processes at {place}", flush=True)
-        dist.init_process_group("gloo", timeout=timedelta(days=1))  # sends lists of batches; vectors go through files
+        # gloo sends only the lists of batches; the vectors go through files in the store
+        dist.init_process_group("gloo", timeout=timedelta(days=1))
 
-    tokens = read_tokens(config.tokens_path, config.num_rows)
+    tokens = read_tokens(config.path(TOKENS), config.num_rows)
     texts, sha256 = read_catalogue(config, tokens)
     n = len(texts)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    with lock(config.target) if RANK == 0 else nullcontext():
+    with lock(config.path(OUTPUT)) if RANK == 0 else nullcontext():
         model = load_model(config.model_name, getattr(torch, config.dtype), device)
-        config.pooling, why = choose_pooling(config)  # after the model, whose error says why no file can be found
+        config.pooling, why = choose_pooling(config)  # after load_model: without a network its error is the clearer one
         size = check_fit(model, tokens, config)
         config.target_dim = min(config.target_dim, size)
         print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why}), batches of "
@@ -654,35 +646,34 @@ def main(argv: list[str] | None = None) -> None:
             "dtype": config.dtype,
             "target_dim": str(config.target_dim),
         }
-        metadata, catalogue = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}, {"catalogue": sha256}
-        earlier = read_metadata(config.target)
-        store = Store(config.store, n, config.target_dim)
+        metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
+        earlier = read_metadata(config.path(OUTPUT))
+        store = Store(config.path(OUTPUT), n, config.target_dim)
         if not config.overwrite and metadata.items() <= earlier.items():
-            if catalogue.items() <= earlier.items():
-                if store.recipe() in ({}, metadata):
-                    shutil.rmtree(store.folder, ignore_errors=True)  # left by a kill at the very end
-                print0(f"{config.target} is complete already: nothing to do; --overwrite embeds again")
+            if earlier.get("catalogue") == sha256:
+                print0(f"{config.path(OUTPUT)} is complete already: nothing to do; --overwrite embeds again")
                 return
             config.reuse = True  # only other columns have changed
 
         _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         first = first[inverse]  # (N) the first row with the same text, the only one embedded
         prefix = checked_prefix(model, tokens, config)
-        shared = [None]
+        plan = [None]  # broadcast_object_list fills it
         if RANK == 0:
             store.open(metadata)
             is_wanted = first == np.arange(n)
             if config.reuse:
                 is_wanted &= ~reuse(config, store, recipe, texts)
             batches = batches_by_length(np.flatnonzero(is_wanted), tokens.lengths, config.tokens_per_batch)
-            shared = [store.unfinished(batches)]
+            plan = [store.unfinished(batches)]
         if WORLD > 1:
-            dist.broadcast_object_list(shared)  # from rank 0, which does not wait for the others
-        embed_all(model, tokens, config, prefix, store, shared[0][RANK::WORLD])
+            dist.broadcast_object_list(plan)  # from rank 0, which does not wait for the others
+        embed_all(model, tokens, config, prefix, store, plan[0][RANK::WORLD])
         if WORLD > 1:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:
-            write(config, store, first, metadata | catalogue | {"model_name": config.model_name})
+            write(config, store, first, metadata | {"catalogue": sha256, "model_name": config.model_name})
+            (store.folder / "recipe.json").unlink()  # vectors without one are not used, if a kill comes now
             shutil.rmtree(store.folder)
 
 

@@ -18,13 +18,14 @@ import os
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import polars as pl
+from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
@@ -35,7 +36,7 @@ FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; embed_items.py mu
 MAX_LENGTH = 2048  # of models that declare no length
 TEXTS_PER_CALL = 2048  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
-ROOM = "make room or set the rights there, or choose another --data_dir"
+ROOM = "free disk space or get write access there, or choose another --data_dir"
 
 # ---------------------------------------------------------------- configuration
 
@@ -49,8 +50,8 @@ class TokenizeConfig:
     model_name: str = HfArg(default="Qwen/Qwen3-Embedding-0.6B", help="Embedding model: a hub name or a local folder.")
     instruction: str = HfArg(
         default="Represent this product so that similar products have similar representations",
-        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for the bare text, "
-        "which can start with another prompt.",
+        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for none; "
+        "write a prompt of another form into item_context.",
     )
     max_length: int | None = HfArg(
         default=None,
@@ -99,8 +100,9 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, and ends the run if they break the contract."""
     if not path.is_file():
-        trouble = f"a folder, whose files pl.read_parquet('{path}/*.parquet') reads" if path.is_dir() else "not found"
-        fail(path, trouble, "write your catalogue there as one file, with the columns parent_asin and item_context")
+        if path.is_dir():
+            fail(path, "is a folder", f"read it with pl.read_parquet('{path}/*.parquet') and write one file")
+        fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
     unreadable = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
     with fail_on(unreadable, path, "not a readable parquet file", "write it again"):
         schema = pl.scan_parquet(path, glob=False).collect_schema()
@@ -135,19 +137,19 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    flag, trouble, way_out = f"--model_name {name}", "no tokenizer can be loaded from there", "download it there again"
+    flag, way_out = f"--model_name {name}", "download it there again"
     if not Path(name).is_dir():
         way_out = "check the name and the network, or give a local folder"
         print(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        if "trust_remote_code" in str(error):
-            trouble, way_out = "it needs code of its own, which is not supported", "choose another model"
-        for path in filter(Path.is_file, Path(name).glob("*.*")):
-            if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-                trouble, way_out = f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there"
-        with fail_on(Exception, flag, trouble, way_out):
+    with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                fail(flag, "it needs code of its own, which is not supported", "choose another model")
+            for path in filter(Path.is_file, Path(name).glob("*.*")):
+                if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
+                    fail(flag, f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there")
             raise
     # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
     if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
@@ -157,29 +159,33 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Sets max_length, and warns where the tokens differ from what the model's files declare; text: an item's."""
-    declared = {}
+    declared, length, prompts = {}, 0, {}
     for name in ("tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         path = f"{config.model_name}/{name}"
-        with suppress(OSError), fail_on((TypeError, ValueError), path, "damaged", "download it again"):
-            declared |= json.loads(Path(cached_file(config.model_name, name)).read_text("utf-8"))
-    length = declared.get("max_seq_length")
-    asked = config.max_length or min(length or MAX_LENGTH, MAX_LENGTH)
-    config.max_length = min(asked, tokenizer.model_max_length)
-    if config.max_length < asked:
-        print(f"max_length lowered to {config.max_length}, the most that this model reads")
-    elif length:
-        print(f"max_length {config.max_length}, where the model declares {length}")
+        try:
+            file = cached_file(config.model_name, name)
+        except OSError as error:  # there is none, or nobody can say so without a network
+            if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
+                trouble = f"the hub cannot be asked for {path}, which may declare a length or prompts"
+                print(f"warning: {trouble}; go online once, or see --max_length, --instruction", file=sys.stderr)
+            continue
+        with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
+            declared |= json.loads(Path(file).read_text("utf-8"))
+            length, prompts = int(declared.get("max_seq_length") or 0), dict(declared.get("prompts") or {})
+    limit = tokenizer.model_max_length  # 10**30 where there is none
+    config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
+    limit = f"at most {limit}" if limit < 10**9 else "any length"
+    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {limit}")
 
     # transformers takes tokenizer.json as it is, whatever add_eos_token says
     if declared.get("add_eos_token") and tokenizer("x")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         trouble = f"no item will end in {tokenizer.eos_token}, which tokenizer_config.json asks for (add_eos_token)"
         print(f"warning: {trouble}; set tokenizer.add_eos_token = True in Python and save it", file=sys.stderr)
-    prompts = declared.get("prompts") or {}
-    starts = [*prompts.values(), *([] if {"document", "passage", "corpus"} & prompts.keys() else [""])]
+    starts = [prompt or "" for prompt in prompts.values()]
+    starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
     fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
     if "__version__" in declared and not any(fits):  # of sentence-transformers
-        declared = ", ".join(repr(prompt) for prompt in prompts.values() if prompt) or "none"
-        trouble = f"texts start with {(config.prompt + text)[:30]!r}, but prompts that the model declares: {declared}"
+        trouble = f"texts start with {(config.prompt + text)[:30]!r}, but the model declares the prompts {prompts}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
 
@@ -203,43 +209,35 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 # ---------------------------------------------------------------- output
 
 
-def pad(tokens: list[np.ndarray], width: int, pad_id: int, side: str) -> tuple[np.ndarray, np.ndarray]:
-    """input_ids (n, width) int32 and attention_mask (n, width) uint8 of n items."""
-    input_ids = np.full((len(tokens), width), pad_id, dtype=np.int32)
-    attention_mask = np.zeros((len(tokens), width), dtype=np.uint8)
-    for row, ids in enumerate(tokens):
-        columns = slice(-len(ids), None) if side == "left" else slice(len(ids))
-        input_ids[row, columns] = ids
-        attention_mask[row, columns] = 1
-    return input_ids, attention_mask
-
-
-def write(path: Path, tokens: list[np.ndarray], pad_id: int, side: str, settings: dict[str, str | int]) -> None:
+def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str, str | int]) -> None:
     """Writes the npz that np.savez would write, but pads only some rows at a time; moves it to `path` when whole."""
-    n, width = len(tokens), max(map(len, tokens))
+    lengths = np.array([len(ids) for ids in tokens])
+    shape = len(tokens), int(lengths.max())  # (N, W)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        other = fail_on(
-            FileNotFoundError, path, "another run wrote it at the same time", "run again if this one counts"
-        )
-        with fail_on(OSError, path, "cannot be written", ROOM), other:
-            with zipfile.ZipFile(temporary, "w") as archive:
-                for i, (name, dtype) in enumerate({"input_ids": "<i4", "attention_mask": "|u1"}.items()):
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        header = {"descr": dtype, "fortran_order": False, "shape": (n, width)}
-                        np.lib.format.write_array_header_1_0(member, header)
-                        for start in range(0, n, ROWS_PER_WRITE):
-                            member.write(pad(tokens[start : start + ROWS_PER_WRITE], width, pad_id, side)[i])
-                for name, value in settings.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
-            with open(temporary, "rb+") as file:
+        with fail_on(OSError, path, "cannot be written", ROOM):
+            with open(temporary, "w+b") as file:
+                np.savez(file, **settings)
+                with zipfile.ZipFile(file, "a") as archive:
+                    for name, dtype in {"input_ids": "<i4", "attention_mask": "|b1"}.items():
+                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                            header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                            np.lib.format.write_array_header_1_0(member, header)
+                            for start in range(0, len(tokens), ROWS_PER_WRITE):
+                                rows = slice(start, start + ROWS_PER_WRITE)
+                                mask = np.arange(shape[1]) < lengths[rows, None]
+                                input_ids = np.full(mask.shape, pad_id, np.int32)
+                                input_ids[mask] = np.concatenate(tokens[rows])
+                                member.write(input_ids if name == "input_ids" else mask)
+                file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # also of runs that were killed
+            with fail_on(FileNotFoundError, path, "another run wrote it just now", "run again if this one counts"):
+                os.replace(temporary, path)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of runs that were killed
             left.unlink(missing_ok=True)
-    print(f"wrote {path}: {n:,} x {width} tokens, {path.stat().st_size / 1e6:.1f} MB")
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {path}: {shape[0]:,} x {shape[1]} tokens, {path.stat().st_size / 1e6:.1f} MB")
 
 
 # ---------------------------------------------------------------- main
@@ -262,26 +260,21 @@ def main(argv: list[str] | None = None) -> None:
     follow_declarations(config, tokenizer, texts[0])
     print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
 
-    pad_id, side = tokenizer.pad_token_id or 0, tokenizer.padding_side
-    behaviour = [tokenizer.backend_tokenizer.to_str(), pad_id, side, tokenizer.truncation_side]
+    behaviour = tokenizer.backend_tokenizer.to_str() + tokenizer.truncation_side
     tokens, truncated = tokenize(texts, tokenizer, config)
     if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
         fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
-    lengths = np.array([len(ids) for ids in tokens])
-    median, high = np.percentile(lengths, [50, 95]).round().astype(int)
-    print(f"tokens an item: median {median}, 95% {high}, longest {lengths.max()}; {lengths.sum():,} in all")
-    share = truncated / len(texts)
-    print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items ({share:.1%})")
+    print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items")
     settings = {
         "max_length": config.max_length,
         "n_items": len(texts),
         "model_name": config.model_name,
         "instruction": config.instruction,
         "fingerprint": fingerprint(catalogue),
-        "tokenizer": hashlib.sha256(repr(behaviour).encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(behaviour.encode()).hexdigest(),
         "format_version": FORMAT_VERSION,
     }
-    write(target, tokens, pad_id, side, settings)
+    write(target, tokens, tokenizer.pad_token_id or 0, settings)
 
 
 if __name__ == "__main__":

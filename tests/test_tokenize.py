@@ -93,7 +93,7 @@ def test_max_length_is_lowered_to_what_the_model_reads(data_dir, tiny_bert, caps
     npz = read_npz(data_dir)
     assert npz["input_ids"].shape[1] == npz["max_length"] == 64
     captured = capsys.readouterr()
-    assert "max_length lowered to 64, the most that this model reads" in captured.out
+    assert "max_length 64; the model declares none and reads at most 64\n" in captured.out
     assert "larger" not in captured.out + captured.err
     assert "warning" not in captured.err
 
@@ -126,7 +126,7 @@ def test_the_declared_length_is_the_default(data_dir, catalogue, declaring, caps
     expected = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in catalogue["item_context"]]
     assert rows_of(npz) == expected
     assert npz["max_length"] == length
-    assert f"max_length {length}, where the model declares 20" in capsys.readouterr().out
+    assert f"max_length {length}; the model declares 20 and reads at most 64\n" in capsys.readouterr().out
 
 
 PASSAGES = {"query": "query: ", "passage": "passage: "}
@@ -137,9 +137,11 @@ TASKS = {"query": "Instruct: Find what was asked for\nQuery:", "document": ""}
     ("prompts", "instruction", "before", "told"),
     [
         (None, "", "", None),
-        (None, "Find its like", "", "none"),
-        (PASSAGES, "", "", "'query: ', 'passage: '"),
-        (PASSAGES, "Find its like", "passage: ", "'query: ', 'passage: '"),
+        (None, "Find its like", "", {}),
+        (PASSAGES, "", "", PASSAGES),
+        (PASSAGES, "Find its like", "passage: ", PASSAGES),
+        ({"passage": "passage: ", "other": None}, "Find its like", "", {"passage": "passage: ", "other": None}),
+        ({"query": None}, "", "", None),
         (PASSAGES, "", "passage: ", None),
         ({"query": "query: "}, "", "", None),  # and documents as they are
         (TASKS, "Find its like", "", None),
@@ -154,8 +156,9 @@ def test_other_prompts_than_the_declared_ones_are_warned_of(
     texts = catalogue.with_columns(item_context=pl.lit(before) + pl.col("item_context"))
     texts.write_parquet(data_dir / "Tiny_items_updated.parquet")
     main(flags(data_dir, folder, "--instruction", instruction))
-    warning = re.search(r"^warning: texts .* declares: (.*); see --instruction", capsys.readouterr().err, flags=re.M)
-    assert (warning and warning[1]) == told
+    error = capsys.readouterr().err
+    warning = re.search(r"^warning: texts .* the model declares the prompts (.*); see --instruction", error, flags=re.M)
+    assert (warning and warning[1]) == (None if told is None else str(told))
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -183,9 +186,31 @@ def test_a_missing_end_token_is_warned_of_where_the_model_asks_for_one(
 
 def test_damaged_declarations_are_refused(data_dir, declaring, refused):
     folder = declaring({})
-    for content in ("{", "[1]", "7"):
+    for content in ("{", "[1]", "7", '{"max_seq_length": "long"}', '{"prompts": "query: "}'):
         (folder / "sentence_bert_config.json").write_text(content)
         assert f"{folder}/sentence_bert_config.json: damaged" in refused(main, flags(data_dir, folder), data_dir)
+
+
+def test_a_declared_length_may_be_text(data_dir, declaring):
+    main(flags(data_dir, declaring({"sentence_bert_config.json": {"max_seq_length": "20"}})))
+    assert read_npz(data_dir)["max_length"] == 20
+
+
+@pytest.mark.parametrize("kind", ["cached", "known to be absent", "unknown"])
+def test_what_the_hub_cannot_be_asked_for_is_told(data_dir, declaring, tmp_path, monkeypatch, capsys, kind):
+    names = ["sentence_bert_config.json", "config_sentence_transformers.json"]
+    files = {names[0]: {"max_seq_length": 20}, names[1]: {"prompts": {"document": ""}}}
+    folder = declaring(files if kind == "cached" else {})
+    cache = tmp_path / "cache" / "models--a--b"
+    shutil.copytree(folder, cache / "snapshots" / "c0ffee")
+    for path in ("refs/main", *(f".no_exist/c0ffee/{name}" for name in names if kind == "known to be absent")):
+        (cache / path).parent.mkdir(parents=True, exist_ok=True)
+        (cache / path).write_text("c0ffee" if path == "refs/main" else "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    main(flags(data_dir, "a/b", "--instruction", ""))
+    assert read_npz(data_dir)["max_length"] == (20 if kind == "cached" else 64)
+    warnings = re.findall(r"^warning: the hub cannot be asked for a/b/(\S+), .*", capsys.readouterr().err, flags=re.M)
+    assert warnings == (names if kind == "unknown" else [])
 
 
 def test_num_rows_takes_the_first_rows_and_keeps_the_whole_catalogues_fingerprint(data_dir, tiny_encoder):
@@ -222,38 +247,30 @@ def test_the_npz_keeps_the_contract(data_dir, tiny_encoder, tmp_path, side):
     assert set(npz) == {"input_ids", "attention_mask"} | scalars
     assert all(npz[name].shape == () for name in scalars)
     ids, mask = npz["input_ids"], npz["attention_mask"]
-    assert (ids.dtype, mask.dtype) == (np.int32, np.uint8)
+    assert (ids.dtype, mask.dtype) == (np.int32, bool)
     assert ids.shape == mask.shape == (60, mask.sum(axis=1).max())
     assert npz["max_length"] == 300
     assert npz["n_items"] == 60
     assert npz["model_name"] == str(tmp_path / side)
     assert npz["instruction"] == INSTRUCTION
     assert re.fullmatch("[0-9a-f]{64}", str(npz["fingerprint"]))
-    assert (np.sort(mask, axis=1) == (mask if side == "left" else mask[:, ::-1])).all()  # padding on that side only
-    assert (ids[mask == 0] == tokenizer.pad_token_id).all()
+    assert (np.sort(mask, axis=1)[:, ::-1] == mask).all()  # padding on the right only, whatever the tokenizer's side
+    assert (ids[~mask] == tokenizer.pad_token_id).all()
 
 
-@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=20), side=st.sampled_from(["left", "right"]))
-def test_padding_gives_back_every_token(lengths, side):
-    lengths = np.array(lengths)
-    flat = np.arange(1, lengths.sum() + 1, dtype=np.int32)
-    items = np.split(flat, lengths.cumsum()[:-1])
-    ids, mask = tokenize_items.pad(items, width=lengths.max(), pad_id=-7, side=side)
-    assert ids.shape == mask.shape == (len(lengths), lengths.max())
-    assert (ids[mask > 0] == flat).all()
-    assert (mask.sum(axis=1) == lengths).all()
-    assert (ids[mask == 0] == -7).all()
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_npz_is_the_one_that_numpy_writes(tmp_path, monkeypatch, side):
-    monkeypatch.setattr(tokenize_items, "ROWS_PER_WRITE", 4)
-    items = [np.arange(1, length + 1, dtype=np.int32) for length in (3, 1, 7, 2, 5, 1, 4, 6, 2)]
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(1, 5))
+def test_the_npz_is_the_one_that_numpy_writes(tmp_path_factory, lengths, rows_per_write):
+    folder = tmp_path_factory.mktemp("npz")
+    ids = np.full((len(lengths), max(lengths)), -7, dtype=np.int32)
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    ids[mask] = np.arange(1, sum(lengths) + 1)
     settings = {"n_items": 9, "model_name": "naïve/模型"}
-    tokenize_items.write(tmp_path / "ours.npz", items, 9, side, settings)
-    ids, mask = tokenize_items.pad(items, 7, 9, side)
-    np.savez(tmp_path / "numpy.npz", input_ids=ids, attention_mask=mask, **settings)
-    assert (tmp_path / "ours.npz").read_bytes() == (tmp_path / "numpy.npz").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_items, "ROWS_PER_WRITE", rows_per_write)
+        items = np.split(ids[mask], np.cumsum(lengths)[:-1])
+        tokenize_items.write(folder / "ours.npz", items, -7, settings)
+    np.savez(folder / "numpy.npz", **settings, input_ids=ids, attention_mask=mask)
+    assert (folder / "ours.npz").read_bytes() == (folder / "numpy.npz").read_bytes()
 
 
 def test_the_fingerprint_depends_on_values_and_order_alone(data_dir, catalogue):
@@ -389,7 +406,7 @@ def test_a_folder_of_parquet_files_is_named_as_one(data_dir, catalogue, tiny_enc
     catalogue.tail(30).write_parquet(path / "part-1.parquet")
     line = refused(main, flags(data_dir, tiny_encoder), data_dir)
     advice = re.search(
-        r"Tiny_items_updated.parquet: a folder, whose files (pl.read_parquet\(.*\)) reads; .* one file", line
+        r"Tiny_items_updated.parquet: is a folder; read it with (pl.read_parquet\(.*\)) and write one file", line
     )
     assert eval(advice[1], {"pl": pl}).equals(catalogue)
 
@@ -464,7 +481,7 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_output(data_dir, tiny_encode
     path.write_bytes(b"earlier")
     line = full_disk(refused, main, flags(data_dir, tiny_encoder), data_dir)
     assert f"{path}: cannot be written" in line
-    assert "make room" in line
+    assert "free disk space" in line
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
@@ -475,28 +492,53 @@ def test_a_folder_without_the_right_to_write_is_told(data_dir, tiny_encoder, ref
     finally:
         data_dir.chmod(0o700)
     assert "cannot be written" in line
-    assert "set the rights" in line
+    assert "get write access" in line
 
 
-def test_two_runs_at_once_leave_a_whole_file(data_dir, tiny_encoder, monkeypatch, capsys):
+@pytest.fixture
+def beside(data_dir, tiny_encoder, monkeypatch):
+    """Runs something in the middle of the writing of a run of process 1: beside(function)."""
+
+    def run(function):
+        header, ids = np.lib.format.write_array_header_1_0, iter([1, 2])
+
+        def write_header(*arguments):
+            monkeypatch.setattr(np.lib.format, "write_array_header_1_0", header)
+            function()
+            header(*arguments)
+
+        monkeypatch.setattr(os, "getpid", lambda: next(ids))
+        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", write_header)
+        main(flags(data_dir, tiny_encoder))
+
+    return run
+
+
+def test_two_runs_at_once_leave_a_whole_file(data_dir, tiny_encoder, beside, capsys):
     """The second runs from start to end in the middle of the writing of the first."""
     main(flags(data_dir, tiny_encoder, "--num_rows", "20"))
     expected = (data_dir / "Tiny_tokenized.npz").read_bytes()
-    pad, ids = tokenize_items.pad, iter([1, 2])
-
-    def beside(*arguments):
-        monkeypatch.setattr(tokenize_items, "pad", pad)
-        monkeypatch.setattr(os, "getpid", lambda: next(ids))
-        main(flags(data_dir, tiny_encoder, "--num_rows", "20"))
-        return pad(*arguments)
-
-    monkeypatch.setattr(tokenize_items, "pad", beside)
     capsys.readouterr()
     with pytest.raises(SystemExit):
-        main(flags(data_dir, tiny_encoder))
-    assert "another run wrote it at the same time" in capsys.readouterr().err
+        beside(lambda: main(flags(data_dir, tiny_encoder, "--num_rows", "20")))
+    assert "another run wrote it just now" in capsys.readouterr().err
     assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
     assert (data_dir / "Tiny_tokenized.npz").read_bytes() == expected
+
+
+def test_a_run_that_fails_leaves_the_work_of_another(data_dir, tiny_encoder, beside):
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    def fail():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", full_disk)
+            with pytest.raises(SystemExit):
+                main(flags(data_dir, tiny_encoder))
+
+    beside(fail)
+    assert len(rows_of(read_npz(data_dir))) == 60
+    assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
 
 
 def test_what_a_killed_run_left_is_removed(data_dir, tiny_encoder):
@@ -506,12 +548,12 @@ def test_what_a_killed_run_left_is_removed(data_dir, tiny_encoder):
 
 
 def test_an_interrupted_write_leaves_the_earlier_output(data_dir, tiny_encoder, monkeypatch, capsys):
-    def half(*_, **__):  # where both arrays are written, and what they were made from is not
+    def half(*_, **__):  # where the settings are written, and the arrays are not
         raise KeyboardInterrupt
 
     (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
     before = files_of(data_dir)
-    monkeypatch.setattr(np.lib.format, "write_array", half)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", half)
     monkeypatch.setattr(sys, "argv", ["tokenize_items.py", *flags(data_dir, tiny_encoder)])
     with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(tokenize_items.__file__, run_name="__main__")

@@ -108,8 +108,8 @@ def compare_writing() -> None:
         path, cpu = Path(folder, "vectors.parquet"), torch.device("cpu")
         config = embed_items.EmbedConfig(data_dir=folder, target_dim=DIMENSIONS)
         names = list(map(str, range(VECTORS)))
-        pl.DataFrame({"parent_asin": names, "item_context": names}).write_parquet(config.catalogue_path)
-        store = embed_items.Store(Path(folder, "store"), VECTORS, DIMENSIONS)
+        pl.DataFrame({"parent_asin": names, "item_context": names}).write_parquet(config.path(embed_items.CATALOGUE))
+        store = embed_items.Store(config.path(embed_items.OUTPUT), VECTORS, DIMENSIONS)
         store.open({})
         store.write(generator.permutation(VECTORS), vectors)
 
@@ -168,11 +168,12 @@ def main() -> None:
         told |= {"model_name": "", "fingerprint": "", "tokenizer": "", "format_version": embed_items.FORMAT_VERSION}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            tokenize_items.write(folder / "tokens.npz", cut, 0, "left", told)
+            tokenize_items.write(folder / "tokens.npz", cut, 0, told)
             tokens = embed_items.read_tokens(folder / "tokens.npz", None)
             start = time.perf_counter()
             prefix = embed_items.read_prefix(model, tokens, config)
-            store = embed_items.Store(folder, len(texts), config.target_dim)
+            store = embed_items.Store(folder / "vectors", len(texts), config.target_dim)
+            store.folder.mkdir()
             _, first, inverse = np.unique(texts.to_numpy(), return_index=True, return_inverse=True)
             batches = embed_items.batches_by_length(first, tokens.lengths, budget)
             embed_items.embed_all(model, tokens, config, prefix, store, batches)
