@@ -186,6 +186,11 @@ def slices(path: Path, columns: list[str], size: int, n: int | None = None) -> I
         yield from frame.slice(start, ROWS_READ).collect().iter_slices(size)
 
 
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
     try:
@@ -255,8 +260,7 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
                     fingerprint.update(column.str.len_bytes().to_numpy().tobytes())
                     fingerprint.update(column.str.join().item().encode())
                 texts.append(rows["item_context"].hash().to_numpy())
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = file_digest(path)
     texts, n = np.concatenate(texts), len(tokens.lengths)
     if fingerprint.hexdigest() != tokens.fingerprint or len(texts) < n:
         trouble = f"does not fit {path}: items, texts or order have changed"
@@ -430,16 +434,20 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet says -1 for no limit
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} --max_length {limit}")
-    if name != tokens.model_name:
-        with fail_on(Exception, flag, "has no tokenizer", "put the tokenizer's files beside the weights"):
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        texts = pl.scan_parquet(config.path(CATALOGUE), glob=False).select("item_context").head(ITEMS_CHECKED).collect()
-        for text, start, length in zip(texts.to_series(), tokens.starts, tokens.lengths, strict=False):
-            prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
-            expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
-            if expected != tokens.ids[start : start + length].tolist():
-                fail(path, f"made for {tokens.model_name}, and {name} cuts the same text into other tokens", again)
-    with fail_on(Exception, flag, f"cannot embed an item of {longest} tokens", "choose a text encoder that can"):
+    with fail_on(Exception, flag, "has no tokenizer", "put the tokenizer's files beside the weights"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    texts = pl.scan_parquet(config.path(CATALOGUE), glob=False).select("item_context").head(ITEMS_CHECKED).collect()
+    for text, start, length in zip(texts.to_series(), tokens.starts, tokens.lengths, strict=False):
+        prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
+        expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
+        if expected != tokens.ids[start : start + length].tolist():
+            fail(path, f"made for {tokens.model_name}, and {name} now cuts the same text into other tokens", again)
+    with fail_on(
+        Exception,
+        flag,
+        f"cannot embed an item of {longest} tokens",
+        "tokenize with a smaller --max_length, or choose another encoder",
+    ):
         vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
     missing = [name for name in model.missing if not name.startswith("pooler.")]  # which no pooling here uses
     if missing and vector.isnan().any():
@@ -507,7 +515,11 @@ class Store:
 
     def open(self, recipe: dict[str, str]) -> None:
         """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
-        if not (earlier := self.recipe()):
+        earlier = self.recipe()
+        if earlier and earlier.get("fingerprint") != recipe["fingerprint"]:
+            print(f"dropped {self.folder}: vectors of a run that was stopped before the catalogue changed")
+            earlier = {}
+        if not earlier:
             shutil.rmtree(self.folder, ignore_errors=True)
             with atomic_write(self.folder / "recipe.json") as temporary:
                 self.folder.mkdir()
@@ -585,6 +597,9 @@ def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray) ->
 
 def write(config: EmbedConfig, store: Store, first: np.ndarray, metadata: dict[str, str]) -> None:
     """Writes the catalogue with the vectors of the rows `first` (N)."""
+    if not config.path(CATALOGUE).is_file() or file_digest(config.path(CATALOGUE)) != metadata["catalogue"]:
+        trouble = "another file than when this run began, so its vectors would go to other items"
+        fail(config.path(CATALOGUE), trouble, "put it back and run the same command again, or tokenize the new one")
     schema = pl.scan_parquet(config.path(CATALOGUE), glob=False).collect_schema()
 
     def pieces(*_) -> Iterator[pl.DataFrame]:

@@ -424,6 +424,14 @@ def test_a_copy_of_the_model_without_a_tokenizer_is_refused(with_earlier, tiny_e
     assert "cuts the same text into other tokens" in line
 
 
+def test_another_tokenizer_under_the_same_name_is_refused(qwen3_dir, catalogue, tiny_encoder, tmp_path, refused):
+    model = copy_encoder(tiny_encoder, tmp_path / "model")
+    tokenize(qwen3_dir, catalogue, model)
+    other = save_qwen3(tmp_path / "other", make_texts(60, seed=9), vocab_size=500)
+    shutil.copy(other / "tokenizer.json", model)
+    assert "now cuts the same text into other tokens" in refused(main, flags(qwen3_dir), qwen3_dir)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -1123,6 +1131,33 @@ def test_a_damaged_recipe_is_refused(stopped, refused, content):
     line = refused(main, flags(stopped), stopped)
     assert f"{path}: damaged" in line
     assert f"delete {path.parent} to start over" in line
+
+
+def test_the_vectors_of_a_run_stopped_on_an_earlier_catalogue_do_not_block_the_next(
+    stopped, catalogue, tiny_encoder, from_nothing, capsys
+):
+    tokenize(stopped, next_day(catalogue), tiny_encoder)
+    main(flags(stopped, *FEW))
+    assert f"dropped {stopped / PARTIAL}: " in capsys.readouterr().out
+    assert files_of(stopped) == files_of(from_nothing(stopped, *FEW))
+
+
+@pytest.mark.parametrize("change", ["reversed", "shorter", "gone"])
+def test_a_catalogue_that_is_replaced_meanwhile_is_told(qwen3_dir, catalogue, monkeypatch, capsys, change):
+    path, embed_all = qwen3_dir / "Tiny_items_updated.parquet", embed_items.embed_all
+
+    def replacing(*arguments):
+        embed_all(*arguments)
+        path.unlink() if change == "gone" else catalogue.reverse().head(60 - 9 * (change == "shorter")).write_parquet(
+            path
+        )
+
+    monkeypatch.setattr(embed_items, "embed_all", replacing)
+    with pytest.raises(SystemExit, match="2"):
+        main(flags(qwen3_dir))
+    assert f"error: {path}: another file than when this run began" in capsys.readouterr().err
+    assert not (qwen3_dir / OUTPUT).exists()
+    assert (qwen3_dir / PARTIAL).exists()
 
 
 def test_a_trial_leaves_the_vectors_of_a_stopped_run(stopped, refused):
