@@ -367,8 +367,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--ids", nargs="+", default=[], metavar="NAME=FILE", help="ready IDs, beside --systems")
     add("--codebook_sizes", type=int, nargs="+", action="append", help="of all levels; give it again for more shapes")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    # after 3,000 steps one token an item is worse on two catalogues: it has overfitted
-    add("--steps", type=int, default=1500, help="of the recommender (%(default)s)")
+    # half as many suit one token an item, and are too few for IDs of several tokens on Office14
+    add("--steps", type=int, default=3000, help="of the recommender (%(default)s)")
     add("--recipe", default="--batch_size 1024 --max_steps 1500 --max_lr 1e-2", help="of train_rqvae.py (%(default)s)")
     add("--flags", default="", help="more flags of train_rqvae.py")
     add("--cache", type=Path, help="folder to keep our models in; another one for another train_rqvae.py")
