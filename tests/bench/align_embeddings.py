@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", help="the histories to learn from (train, where there is a column split)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
+    if not flags.output.parent.is_dir():
+        fail(flags.output, "no such folder", "make it first")
 
     dataset = EmbeddingDataset(flags.embeddings)
     items, rows = read_histories(flags.histories, flags.split, dataset.parent_asin)
