@@ -19,7 +19,6 @@ Shapes: N items, D dimensions, P pairs, B pairs in a batch, T items in all histo
 """
 
 import argparse
-import copy
 import io
 import sys
 from pathlib import Path
@@ -60,9 +59,9 @@ def read_histories(path: Path, split: str | None, parent_asin: pl.Series) -> tup
     every = table.select("history").with_row_index("row").explode("history").drop_nulls()
     known = every.join(numbers, on="history", how="inner", maintain_order="left")
     if known.is_empty():
-        trouble = f"no item of its {len(table):,} histories has an embedding"
-        fail(path, trouble, "give the embeddings of the same catalogue, and the --split to learn from")
-    print(f"left out {len(every) - len(known):,} of {len(every):,} items, which have no embedding")
+        fail(path, f"no item of its {len(table):,} histories has an embedding", "name files of one catalogue")
+    if unknown := len(every) - len(known):
+        print(f"left out {unknown:,} of {len(every):,} items, which have no embedding")
     return known["item"].to_torch().long(), known["row"].cast(pl.Int64).to_torch()
 
 
@@ -117,8 +116,8 @@ def align(x: Tensor, pairs: Tensor, held_out: Tensor, seed: int) -> tuple[Tensor
     model, every = Aligner(x), torch.arange(len(x))
     log_popularity = pairs[:, 1].bincount(minlength=len(x)).clamp(min=1).log()  # (N)
     optimizer = torch.optim.AdamW(model.parameters(), lr=MAX_LR)
-    before = best_recall = next_item_recall(model.eval()(every), held_out)
-    best = copy.deepcopy(model.state_dict())
+    best = F.normalize(model.x)
+    before = best_recall = next_item_recall(best, held_out)
     for step in range(1, STEPS + 1):
         optimizer.param_groups[0]["lr"] = MAX_LR * (1 - (step - 1) / STEPS)
         batch = pairs[torch.randint(len(pairs), (BATCH,))]
@@ -128,12 +127,10 @@ def align(x: Tensor, pairs: Tensor, held_out: Tensor, seed: int) -> tuple[Tensor
         optimizer.step()
         if step % LOOK_EVERY == 0:
             with torch.no_grad():
-                recall = next_item_recall(model.eval()(every), held_out)
-            if recall > best_recall:
-                best_recall, best = recall, copy.deepcopy(model.state_dict())
-    model.load_state_dict(best)
-    with torch.no_grad():
-        return model.eval()(every), before, best_recall
+                y = model.eval()(every)
+            if (recall := next_item_recall(y, held_out)) > best_recall:
+                best, best_recall = y, recall
+    return best, before, best_recall
 
 
 # ---------------------------------------------------------------- main
@@ -153,8 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = EmbeddingDataset(flags.embeddings)
     items, rows = read_histories(flags.histories, flags.split, dataset.parent_asin)
-    # only a history with pairs can be held out
-    with_pairs = torch.unique(rows[:-1][rows[:-1] == rows[1:]])
+    with_pairs = torch.unique(rows[:-1][rows[:-1] == rows[1:]])  # only these can be held out
     order = torch.randperm(len(with_pairs), generator=torch.Generator().manual_seed(flags.seed))
     aside = torch.isin(rows, with_pairs[order[: max(1, round(HELD_OUT * len(with_pairs)))]])  # (T)
     pairs = pairs_within(items[~aside], rows[~aside], WINDOW)
@@ -167,10 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"recall@10 of the next item {before:.3f} before, {after:.3f} after: {len(held_out):,} held-out pairs")
     vectors = np.empty_like(y.numpy())
     vectors[dataset.file_rows] = y.numpy()  # back to the order of the file
-    table = pl.read_parquet(flags.embeddings, glob=False)
-    column = pl.Series("embedding", vectors).cast(pl.List(pl.Float32))
-    content = io.BytesIO()
-    table.with_columns(column).write_parquet(content)
+    table, content = pl.read_parquet(flags.embeddings, glob=False), io.BytesIO()
+    table.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32))).write_parquet(content)
     atomic_write({flags.output: content.getvalue()})
 
 
