@@ -90,7 +90,6 @@ KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many
 MIN_ERROR = 1e-3  # share of the variance; smaller errors count as this
 RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of held-out ones
 RETRAIN_ITEMS = 30  # fewer new items prove nothing
-SMALL_CATALOGUE = 10_000  # items; recommenders over fewer did better with a larger first codebook
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
 RECALL_QUERIES, NEIGHBOURS = 1000, 10
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
@@ -1553,8 +1552,6 @@ def print_report(quality: dict, tree: str) -> None:
             trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
             warn(f"the model no longer fits this catalogue ({trouble}): train again")
     print(f"\nsome prefixes and their items:\n{tree}")
-    if items < SMALL_CATALOGUE and quality["codebook_size"] == RQVAEConfig().codebook_size:
-        print("\nbelow ten thousand items, recommenders did better with --codebook_size 1024 1024 (see README)")
 
 
 # ---------------------------------------------------------------- export
