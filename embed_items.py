@@ -246,6 +246,19 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     return Tokens(np.frombuffer(ids, np.int32), starts[:num_rows], lengths[:num_rows], **settings)
 
 
+def check_replaced(config: EmbedConfig, n: int, total: int) -> None:
+    """Ends the run if n of the catalogue's `total` items would replace more, or embeddings that others have made."""
+    path, earlier = config.path(OUTPUT), read_metadata(config.path(OUTPUT))
+    if config.overwrite:
+        return
+    if n < min(total, int(earlier.get("n_items", 0))):
+        trouble = f"holds {int(earlier['n_items']):,} items, more than the {n:,} of this trial"
+        fail(path, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
+    with suppress(*UNREADABLE):  # nothing to keep
+        if "weights" not in earlier and "embedding" in pl.scan_parquet(path, glob=False).collect_schema():
+            fail(path, "holds embeddings that this script has not made", "move it away, or --overwrite replaces it")
+
+
 def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str]:
     """Checks that the tokens are of this catalogue; returns 64-bit hashes of the texts, (N), and the file's SHA-256."""
     path, names = config.path(CATALOGUE), ["parent_asin", "item_context"]
@@ -266,14 +279,7 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
         trouble = f"does not fit {path}: items, texts or order have changed"
         fail(config.path(TOKENS), trouble, "run tokenize_items.py again")
     print0(f"{n:,} of {len(texts):,} items of {path}")
-    path, earlier = config.path(OUTPUT), read_metadata(config.path(OUTPUT))
-    if n < min(len(texts), int(earlier.get("n_items", 0))) and not config.overwrite:
-        trouble = f"holds {int(earlier['n_items']):,} items, more than the {n:,} of this trial"
-        fail(path, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
-    with suppress(*UNREADABLE):  # nothing to keep
-        is_foreign = "weights" not in earlier and "embedding" in pl.scan_parquet(path, glob=False).collect_schema()
-        if is_foreign and not config.overwrite:
-            fail(path, "holds embeddings that this script has not made", "move it away, or --overwrite replaces it")
+    check_replaced(config, n, len(texts))
     return texts[:n], sha256
 
 

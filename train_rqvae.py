@@ -115,7 +115,7 @@ FREE_FIELDS = {  # may change with --resume
 
 @dataclass
 class RQVAEConfig:
-    """The command line of this script: every field is a flag, and every checkpoint holds them."""
+    """The command line of this script: every field is a flag, and checkpoints hold all but the switches."""
 
     category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
     data_dir: str = HfArg(default="data/output", help="Folder of the embeddings and of the IDs.")
@@ -244,8 +244,10 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
 
 
 def check_file(path: Path, way_out: str) -> None:
+    if path.is_dir():
+        fail(path, "is a folder", f"read it with pl.read_parquet('{path}/*.parquet') and write one file")
     if not path.is_file():
-        fail(path, "is a folder, not one file" if path.is_dir() else "not found", way_out)
+        fail(path, "not found", way_out)
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -314,7 +316,7 @@ def choose_dtype(device: torch.device) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory; to clear the pages of new memory took the kernel up to 20% of the CPU time."""
+    """Tell glibc to keep freed memory: the kernel clears each page that it hands out, up to 20% of the CPU time."""
     with suppress(AttributeError, OSError, TypeError):  # other C libraries
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
@@ -402,7 +404,8 @@ class EmbeddingDataset:
             if not dim:
                 fail(path, "the first embedding is null or empty", "run embed_items.py again")
             vectors = self._read_vectors(path, rows.select(lists), table["row"], dim)
-        self.parent_asin, self.labels, self.file_rows = table["parent_asin"], table["label"], table["row"].to_numpy()
+        self.parent_asin, self.labels = table["parent_asin"], table["label"]
+        self.file_rows = table["row"].to_numpy().astype(np.int64)
         crcs = (zlib.crc32(x, zlib.crc32(name.encode())) for name, x in zip(self.parent_asin, vectors, strict=True))
         self.checksum = sum(crcs) if world == 1 else all_sum(torch.tensor(sum(crcs))).item()
         self.names_checksum = zlib.crc32("\0".join(names).encode())  # of the whole file, in its order
@@ -855,30 +858,30 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(((int(match[1]), path) for match, path in matches if match), reverse=True))
 
 
-def mismatch(checkpoint: dict, config: RQVAEConfig, data: int) -> str | None:
+def mismatch(checkpoint: dict, config: RQVAEConfig, checksum: int) -> str | None:
     """Why a checkpoint belongs to another run; None if it belongs to this one."""
     trained = asdict(trained_config(checkpoint))  # a ValueError if it breaks the bounds of today
     for name, value in asdict(config).items():
         if name not in FREE_FIELDS and trained[name] != value:
             return f"trained with --{name} {trained[name]}, not {value}"
-    return None if checkpoint["data"] == data else "trained on other embeddings than these"
+    return None if checkpoint["data"] == checksum else "trained on other embeddings than these"
 
 
-def read_if_same_run(path: Path, config: RQVAEConfig, data: int) -> dict | None:
+def read_if_same_run(path: Path, config: RQVAEConfig, checksum: int) -> dict | None:
     """The checkpoint at `path`; None if it is missing, damaged or of another run."""
     with suppress(ValueError):
         checkpoint = read_checkpoint(path)
-        return None if mismatch(checkpoint, config, data) else checkpoint
+        return None if mismatch(checkpoint, config, checksum) else checkpoint
     return None
 
 
-def find_resumed(config: RQVAEConfig, data: int, total_steps: int) -> dict | None:
+def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
     way_out = "give the same flags as before, or leave --resume out to train anew"
     for step, path in numbered_checkpoints(config.checkpoints).items():
         try:
             checkpoint = read_checkpoint(path)
-            trouble = mismatch(checkpoint, config, data)
+            trouble = mismatch(checkpoint, config, checksum)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
@@ -889,7 +892,7 @@ def find_resumed(config: RQVAEConfig, data: int, total_steps: int) -> dict | Non
         print0(f"going on from {path}")
         return checkpoint
     with suppress(ValueError):
-        if trouble := mismatch(read_checkpoint(config.best_path), config, data):
+        if trouble := mismatch(read_checkpoint(config.best_path), config, checksum):
             fail(config.best_path, trouble, way_out)
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None
@@ -1033,8 +1036,8 @@ def stop_requests() -> Iterator[list[int]]:
 class TrainingState:
     """The model, and everything else that changes in training."""
 
-    def __init__(self, model: RQVAE, plan: Plan, data: int, run):
-        self.model, self.plan, self.data, self.run, self.config = model, plan, data, run, model.config
+    def __init__(self, model: RQVAE, plan: Plan, checksum: int, run):
+        self.model, self.plan, self.checksum, self.run, self.config = model, plan, checksum, run, model.config
         self.optimizers = make_optimizers(model, self.config.max_lr)
         shape = len(self.config.codebook_size), max(self.config.codebook_size)
         self.usage = torch.zeros(shape, dtype=torch.int64, device=plan.train_rows.device)  # (L, K) since the last reset
@@ -1046,7 +1049,7 @@ class TrainingState:
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
         self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        if read_if_same_run(self.config.best_path, self.config, self.data):  # else the next validation writes one
+        if read_if_same_run(self.config.best_path, self.config, self.checksum):  # else the next validation writes one
             self.lowest_val_loss = checkpoint["lowest_val_loss"]
 
     def save(self, path: Path, **for_resume) -> None:
@@ -1060,7 +1063,7 @@ class TrainingState:
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
             "metrics": self.metrics,
-            "data": self.data,
+            "data": self.checksum,
             "items": self.plan.items,
         }
         file = io.BytesIO()
@@ -1108,16 +1111,16 @@ class TrainingState:
         return line.format_map(self.metrics | {"step": self.step, "usage": usage}) + (", best" if is_best else "")
 
 
-def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, data: int, resumed: dict | None, run) -> bool:
+def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, resumed: dict | None, run) -> bool:
     """Train and write the checkpoints; False if a signal stopped it before the last step.
 
-    embeddings (N, D) of this process lie on the device, `data` is the checksum of all, `resumed` the checkpoint to go
+    embeddings (N, D) of this process lie on the device, `checksum` covers all, `resumed` the checkpoint to go
     on from, `run` that of W&B or None.
     """
     torch.manual_seed(config.seed)
     model, device = RQVAE(config).to(embeddings.device), embeddings.device
     model.training_dtype = getattr(torch, config.dtype)
-    state, total, size = TrainingState(model, plan, data, run), plan.total_steps, plan.rows_per_step
+    state, total, size = TrainingState(model, plan, checksum, run), plan.total_steps, plan.rows_per_step
     if resumed:
         state.restore(resumed)
     else:
@@ -1330,7 +1333,7 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, prove
     with fail_on((*UNREADABLE, ValueError, TypeError), path, "damaged, or not an export with distinct IDs", way_out):
         metadata = pl.read_parquet_metadata(path)
         if "retired" not in metadata:
-            fail(path, "without the metadata of an export: saved again by another program?", way_out)
+            fail(path, "lacks the metadata of an export, perhaps since another program saved it again", way_out)
         if metadata.get("model") != provenance["model"]:
             fail(path, "made with another model, so that its IDs mean other things", way_out)
         if metadata.get("collisions") != config.collisions:
@@ -1666,21 +1669,22 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
+    defaults = RQVAEConfig()
     for name, own in asdict(trained).items():
-        asked, default = getattr(config, name), getattr(RQVAEConfig(), name)
+        asked, default = getattr(config, name), getattr(defaults, name)
         if name == "codebook_size" and len(set(asked)) == 1:  # one number for however many levels
             asked, default = asked[:1] * len(own), default[:1] * len(own)
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
-def check_replaced(config: RQVAEConfig, n: int, data: int, from_start: bool) -> None:
+def check_replaced(config: RQVAEConfig, n: int, checksum: int, from_start: bool, is_finished: bool = True) -> None:
     """End the run if it would replace a model of another catalogue, a stopped run or, as a trial, one of more items."""
     if config.overwrite:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
-    numbered = list(numbered_checkpoints(config.checkpoints).values())
-    for path in [config.best_path, *numbered] if from_start else ():
+    newest = list(numbered_checkpoints(config.checkpoints).values())[:1]
+    for path in [config.best_path, *newest] if from_start else ():
         with suppress(ValueError):
             old = read_checkpoint(path)
             source = trained_config(old).source
@@ -1688,8 +1692,7 @@ def check_replaced(config: RQVAEConfig, n: int, data: int, from_start: bool) -> 
                 fail(path, f"trained on {source}, not on {config.source}", way_out)
             if config.num_rows and old.get("items", 0) > n:
                 fail(path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
-            is_stopped = path in numbered and not read_if_same_run(config.final_path, config, data)
-            if is_stopped and not mismatch(old, config, data):
+            if path in newest and not is_finished and not mismatch(old, config, checksum):
                 fail(path, "saved by this run before it was stopped", "--resume goes on, --overwrite starts over")
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
@@ -1721,7 +1724,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # data
     dataset = EmbeddingDataset(config.source, config.num_rows, RANK, WORLD)  # the rows of this process
-    data, dim = dataset.checksum, dataset.embeddings.shape[1]
+    checksum, dim = dataset.checksum, dataset.embeddings.shape[1]
     n = int(all_sum(torch.tensor(len(dataset))))
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
@@ -1732,7 +1735,7 @@ def main(argv: list[str] | None = None) -> int:
         check_model(model.config, config, dim)
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
-        check_replaced(config, n, data, from_start=False)
+        check_replaced(config, n, checksum, from_start=False)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1740,24 +1743,27 @@ def main(argv: list[str] | None = None) -> int:
         config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        final = None if config.overwrite else read_if_same_run(config.final_path, config, data)
-        is_trained = final and final["step"] == plan.total_steps and read_if_same_run(config.best_path, config, data)
+        final = None if config.overwrite else read_if_same_run(config.final_path, config, checksum)
+        is_trained = (
+            final and final["step"] == plan.total_steps and read_if_same_run(config.best_path, config, checksum)
+        )
         if is_trained and is_exported(config, dataset):
             print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
             return 0
-        resumed = find_resumed(config, data, plan.total_steps) if config.resume and not is_trained else None
+        resumed = find_resumed(config, checksum, plan.total_steps) if config.resume and not is_trained else None
         start = resumed["step"] if resumed else 0
         if all_sum(torch.tensor(start)).item() != start * WORLD:
             fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
-        check_replaced(config, n, data, from_start=not (is_trained or resumed))
+        from_start = not (is_trained or resumed)
+        check_replaced(config, n, checksum, from_start, is_finished=bool(final))
         if not is_trained:
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
-            for path in numbered_checkpoints(config.checkpoints).values() if RANK == 0 and not resumed else ():
+            for path in numbered_checkpoints(config.checkpoints).values() if RANK == 0 and from_start else ():
                 path.unlink()  # of an earlier run; --resume must not go on from them
-            if not train(config, dataset.embeddings.to(device), plan, data, resumed, run):
+            if not train(config, dataset.embeddings.to(device), plan, checksum, resumed, run):
                 print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
                 return 130
 
@@ -1766,7 +1772,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if WORLD > 1:
         dataset = EmbeddingDataset(config.source, config.num_rows)
-        if dataset.checksum != data:
+        if dataset.checksum != checksum:
             fail(config.source, "replaced during the training", "put it back and run the same command again")
     if not config.export_only:
         model = load_model(config.best_path)

@@ -363,7 +363,7 @@ def refused_export(capsys):
     ("changes", "words"),
     [
         ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: not found"),
-        ({"keep_ids": ""}, "is a folder, not one file"),
+        ({"keep_ids": ""}, "is a folder"),
         ({"num_rows": 100}, "needs the whole catalogue"),
         ({"collisions": "keep"}, "distinct IDs"),
         ({"collisions": "suffix"}, "made with --collisions assign"),
@@ -406,7 +406,7 @@ def test_a_file_that_is_no_sound_export_is_refused(folder, refused_export, kind)
     if kind == "retired in use":
         metadata["retired"] = first.astype("<i4").tobytes().hex()
     if kind == "no metadata":  # as after another program has saved the table
-        metadata, words = {}, "without the metadata of an export"
+        metadata, words = {}, "lacks the metadata of an export"
     NO_EXPORT.get(kind, lambda table: table)(table).write_parquet(path, metadata=metadata)
     if kind in ("no parquet", "empty"):
         path.write_bytes(b"no parquet" * 100 * (kind != "empty"))

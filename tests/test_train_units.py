@@ -1043,7 +1043,7 @@ def test_labels_are_the_best_text_there_is(x, tmp_path, columns, label):
 
 
 def saved(path, model: RQVAE) -> None:
-    state = train_rqvae.TrainingState(model, train_rqvae.make_plan(300, model.config, CPU), data=7, run=None)
+    state = train_rqvae.TrainingState(model, train_rqvae.make_plan(300, model.config, CPU), checksum=7, run=None)
     state.metrics = {"val/total_loss": 0.5}
     state.save(path)
 
