@@ -54,7 +54,7 @@ import train_rqvae  # noqa: E402
 WIDTH, LAYERS, HEADS, DROPOUT, INIT = 64, 2, 2, 0.3, 0.02
 MAX_ITEMS = 50  # of a history: its last ones
 BATCH, MAX_LR, WARMUP, SMOOTHING, LOOKS = 128, 2e-3, 100, 0.1, 10
-WEIGHT_DECAY = 0.3  # at AdamW's 0.01, one token an item overfits from a fifth of the steps on; at 1, IDs learn too slowly
+WEIGHT_DECAY = 0.3  # at AdamW's 0.01, one token an item overfits after a fifth of the steps; at 1, IDs learn slowly
 BEAM = 20
 SHAPELESS = ["one token", "text neighbours"]  # the others are run at every --codebook_sizes
 PEERS = ["faiss", "residual k-means", "ResidualVQ", "usual recipe"]
