@@ -52,12 +52,11 @@ TOKENS, CATALOGUE, OUTPUT = "tokenized.npz", "items_updated.parquet", "items_wit
 FORMAT_VERSION = 2  # of the npz
 FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; tokenize_items.py must use the same
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # many to fill a GPU, few to fit in a CPU's caches
-BATCHES_IN_FLIGHT = 16  # batches queued on a GPU before the host waits for their vectors
 ITEMS_CHECKED = 8  # items embedded alone and in one batch, to compare the two
 GOOD_AGREEMENT = 0.999  # cosine
 MIN_PREFIX = 8  # tokens; a shorter prefix saves less time than it costs
 ROWS_READ = 2**16  # rows of a parquet file in memory at once
-ROWS_PER_GROUP = 8192  # rows per row group of the output, which train_rqvae.py reads in parallel
+ROWS_PER_GROUP = 8192  # rows per row group of the output
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
 ROOM = "free disk space or get write access there, or choose another --data_dir"
 
@@ -152,8 +151,6 @@ def keep_freed_memory() -> None:
 def lock(path: Path) -> IO:
     """Keeps other runs from writing `path` until the returned file is closed. The empty file stays."""
     with fail_on(OSError, path, "cannot be written", ROOM):
-        if path.is_dir():
-            raise IsADirectoryError("a folder has that name")
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
     try:
         if os.name == "posix":
@@ -401,10 +398,8 @@ def embed(
 
     With a prefix the model is causal: no token sees the padding on its right, so there is no need for a mask.
     """
-    input_ids, mask = pad_right(tokens, rows, prefix.get_seq_length() if prefix else 0)
-    if model.device.type == "cuda":  # pinned memory is copied while the host goes on
-        input_ids, mask = input_ids.pin_memory(), mask.pin_memory()
-    input_ids, mask = (tensor.to(model.device, non_blocking=True) for tensor in (input_ids, mask))
+    padded = pad_right(tokens, rows, prefix.get_seq_length() if prefix else 0)
+    input_ids, mask = (tensor.to(model.device) for tensor in padded)
     if prefix:
         past = copy.deepcopy(prefix)  # the model appends to it
         past.batch_repeat_interleave(len(rows))
@@ -566,15 +561,12 @@ def embed_all(
     model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None, store: Store, batches: list
 ) -> None:
     """Embeds these batches of rows and keeps their vectors."""
-    lengths, at_once = tokens.lengths, BATCHES_IN_FLIGHT if model.device.type == "cuda" else 1
     # counted in tokens, because the first items are the longest and would make the time left look too long
-    total = sum(int(lengths[rows].sum()) for rows in batches)
-    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
-        for i in range(0, len(batches), at_once):
-            rows = np.concatenate(batches[i : i + at_once])
-            vectors = [embed(model, tokens, batch, config, prefix) for batch in batches[i : i + at_once]]
-            store.write(rows, check_numbers(torch.cat(vectors), rows, config))
-            progress.update(int(lengths[rows].sum()))
+    sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
+    with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
+        for rows, size in zip(batches, sizes, strict=True):
+            store.write(rows, check_numbers(embed(model, tokens, rows, config, prefix), rows, config))
+            progress.update(size)
 
 
 # ---------------------------------------------------------------- output
@@ -620,7 +612,7 @@ def write(config: EmbedConfig, store: Store, first: np.ndarray, metadata: dict[s
             temporary,
             compression="uncompressed",  # zstd would make the vectors 7% smaller in twice the time
             row_group_size=ROWS_PER_GROUP,
-            metadata=metadata | {"rows_per_group": str(ROWS_PER_GROUP)},
+            metadata=metadata,
         )
     print(f"wrote {config.path(OUTPUT)}: {len(first):,} x {config.target_dim}")
 

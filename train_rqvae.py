@@ -30,7 +30,6 @@ import os
 import re
 import signal
 import sys
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -50,7 +49,6 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from scipy.stats import entropy
 from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -265,9 +263,6 @@ def start_processes(config: RQVAEConfig) -> tuple[torch.device, str]:
     if WORLD == 1:
         return torch.device(name), reason
     if name == "cuda":
-        if torch.cuda.device_count() <= LOCAL_RANK:
-            trouble = f"more processes than the {torch.cuda.device_count()} GPUs of this machine"
-            fail("torchrun", trouble, "lower --nproc_per_node, or use --device cpu")
         torch.cuda.set_device(LOCAL_RANK)
     if LOCAL_RANK == 0:
         print(f"waiting for {WORLD} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", flush=True)
@@ -331,8 +326,6 @@ def lock(path: Path) -> IO:
     with fail_on(OSError, path, "cannot be written", "set the rights there, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
-        if path.is_dir():
-            raise IsADirectoryError("a folder has that name")
     try:
         if os.name == "posix":
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -350,8 +343,6 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
         for path, content in contents.items():
             trouble, way_out = "cannot be written", "make room or set the rights there"
             with fail_on(OSError, path, trouble, way_out), open(temporary[path], "wb") as file:
-                if path.is_dir():
-                    raise IsADirectoryError("a folder has that name")
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -366,12 +357,11 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
 
 
 class EmbeddingDataset:
-    """The embeddings of a catalogue in the order of parent_asin, so that the order of the file does not matter.
+    """The embeddings of a catalogue, in the order of the file.
 
     embeddings (N, D) float32; parent_asin and labels (N) text, where a label is the title or the start of the text;
-    file_rows (N) the row of each item in the file. checksum covers all names and vectors, in any order of rows;
-    names_checksum covers the names in the order of the file. Under torchrun, each process holds consecutive rows of
-    the file. A file that breaks the contract ends the run with one line.
+    checksum covers names, vectors and their order in the whole file. Under torchrun, each process holds consecutive
+    rows. A file that breaks the contract ends the run with one line.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
@@ -397,34 +387,25 @@ class EmbeddingDataset:
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
             label = pl.coalesce(pl.col(texts).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH))
-            rows = file.slice(first, end - first).with_row_index("row", offset=first)
-            table = rows.select("row", "parent_asin", label.alias("label")).collect().sort("parent_asin")
-            lists = pl.col("embedding").cast(pl.List(pl.Float32))
+            rows, lists = file.slice(first, end - first), pl.col("embedding").cast(pl.List(pl.Float32))
+            table = rows.select("parent_asin", label.alias("label")).collect()
             dim = file.select(lists.head(1).list.len()).collect().item()
             if not dim:
                 fail(path, "the first embedding is null or empty", "run embed_items.py again")
-            vectors = self._read_vectors(path, rows.select(lists), table["row"], dim)
-        self.parent_asin, self.labels = table["parent_asin"], table["label"]
-        self.file_rows = table["row"].to_numpy().astype(np.int64)
-        crcs = (zlib.crc32(x, zlib.crc32(name.encode())) for name, x in zip(self.parent_asin, vectors, strict=True))
-        self.checksum = sum(crcs) if world == 1 else all_sum(torch.tensor(sum(crcs))).item()
-        self.names_checksum = zlib.crc32("\0".join(names).encode())  # of the whole file, in its order
-        self.embeddings = torch.from_numpy(vectors)  # (N, D)
-
-    @staticmethod
-    def _read_vectors(path: Path, lists: pl.LazyFrame, file_rows: pl.Series, dim: int) -> np.ndarray:
-        """Read n consecutive lists of the file and return them in the order of file_rows (n): (n, D)."""
-        place = np.argsort(file_rows.to_numpy())  # (n) where each list goes
-        vectors = np.full((len(place), dim), np.nan, dtype=np.float32)
-        for start in range(0, len(place), ROWS_READ):
-            column = lists.slice(start, ROWS_READ).collect().to_series()
-            fits = (column.list.len() == dim).fill_null(False)
-            vectors[place[start : start + ROWS_READ][fits]] = column.filter(fits).list.to_array(dim).to_numpy()
+            vectors = np.full((end - first, dim), np.nan, dtype=np.float32)
+            for start in range(0, len(vectors), ROWS_READ):
+                column = rows.select(lists).slice(start, ROWS_READ).collect().to_series()
+                fits = (column.list.len() == dim).fill_null(False)
+                vectors[start : start + ROWS_READ][fits] = column.filter(fits).list.to_array(dim).to_numpy()
         wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
         if wrong.any():
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
-            fail(path, f"{trouble}, the first in row {file_rows.filter(wrong).min()}", "run embed_items.py again")
-        return vectors
+            fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", "run embed_items.py again")
+        self.parent_asin, self.labels = table["parent_asin"], table["label"]
+        items = enumerate(zip(self.parent_asin, vectors, strict=True), start=first)
+        checksum = sum(zlib.crc32(x, zlib.crc32(f"{row} {name}".encode())) for row, (name, x) in items)
+        self.checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
+        self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -712,9 +693,7 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int) -> None:
     residuals = latents
     for level, quantizer in enumerate(model.quantizers):
         size = len(quantizer.codebook)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than codes
-            kmeans = KMeans(size, n_init=1, random_state=model.config.seed + level).fit(residuals.cpu().numpy())
+        kmeans = KMeans(size, n_init=1, random_state=model.config.seed + level).fit(residuals.cpu().numpy())
         centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
         share = torch.from_numpy(np.bincount(kmeans.labels_, minlength=size) / len(residuals)).to(centres)  # (K)
         quantizer.set_codes(torch.arange(size, device=residuals.device), centres, share * rows_per_step)
@@ -1025,12 +1004,13 @@ def stop_requests() -> Iterator[list[int]]:
         requests.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
     try:
         yield requests
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class TrainingState:
@@ -1561,10 +1541,9 @@ def print_report(quality: dict, tree: str) -> None:
 
 
 def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]:
-    """Hashes of the model, the embeddings and the order of rows, for the metadata of the IDs."""
+    """Hashes of the model and the embeddings, for the metadata of the IDs."""
     model = hashlib.sha256(config.best_path.read_bytes()).hexdigest()
-    data = {"embeddings": str(dataset.checksum), "names": str(dataset.names_checksum)}
-    return {"model": model, "collisions": config.collisions} | data
+    return {"model": model, "collisions": config.collisions, "embeddings": str(dataset.checksum)}
 
 
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
@@ -1589,7 +1568,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
         quality["keep_ids"] = keeping_quality(model, x, codes, ids, previous)
     file = io.BytesIO()
     metadata["retired"] = retired.astype("<i4").tobytes().hex()
-    table[np.argsort(dataset.file_rows)].write_parquet(file, metadata=metadata)
+    table.write_parquet(file, metadata=metadata)
     report = (json.dumps(quality, indent=1) + "\n").encode()
     atomic_write({config.quality_path: report, config.ids_path: file.getvalue()})
     print_report(quality, example_tree(ids, table["semantic_id"], dataset.labels))

@@ -327,7 +327,6 @@ def test_the_output_keeps_every_column_and_the_order(qwen3_dir, catalogue, tiny_
         "pooling": "last",
         "dtype": "float32",
         "n_items": "60",
-        "rows_per_group": "8192",
         "fingerprint": tokenize_items.fingerprint(catalogue),
     }
     assert {name: metadata.get(name) for name in expected} == expected

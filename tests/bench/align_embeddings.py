@@ -161,10 +161,8 @@ def main(argv: list[str] | None = None) -> None:
     y, before, after = align(dataset.embeddings, pairs, held_out, flags.seed)
     print(f"learned from {len(pairs):,} pairs of {items.unique().numel():,} items, of {len(y):,}")
     print(f"recall@10 of the next item {before:.3f} before, {after:.3f} after: {len(held_out):,} held-out pairs")
-    vectors = np.empty_like(y.numpy())
-    vectors[dataset.file_rows] = y.numpy()  # back to the order of the file
     table, content = pl.read_parquet(flags.embeddings, glob=False), io.BytesIO()
-    table.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32))).write_parquet(content)
+    table.with_columns(pl.Series("embedding", y.numpy()).cast(pl.List(pl.Float32))).write_parquet(content)
     atomic_write({flags.output: content.getvalue()})
 
 

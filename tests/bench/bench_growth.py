@@ -64,8 +64,8 @@ def write_embeddings(folder: Path, n: int, dim: int) -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     items = pl.DataFrame({"parent_asin": "item " + pl.Series(np.arange(n)).cast(pl.String)})
     items = items.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
-    path, metadata = folder / f"{CATEGORY}_items_with_embeddings.parquet", {"rows_per_group": str(ROWS_PER_GROUP)}
-    items.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
+    path = folder / f"{CATEGORY}_items_with_embeddings.parquet"
+    items.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP)
 
 
 def measure(n: int, flags: argparse.Namespace) -> dict[str, tuple[float, float]]:

@@ -232,12 +232,11 @@ def show(value: float | None, form: str) -> str:
 def compare(path: Path, flags: argparse.Namespace) -> dict[str, list[dict[str, float | None]]]:
     """The figures of every system, seed by seed."""
     table, dataset = pl.read_parquet(path, columns=["parent_asin", "embedding"]), train_rqvae.EmbeddingDataset(path)
-    embeddings = dataset.embeddings[np.argsort(dataset.file_rows)]  # in the order of the file
     found = {name: [] for name in ("ours", "ours, as written", *list(SYSTEMS)[1:])}
     for seed in flags.seeds:
         order = np.random.default_rng(seed).permutation(len(table))
         seen, unseen = order[len(table) // 20 :], order[: len(table) // 20]
-        x, held_out = embeddings[seen], embeddings[unseen]
+        x, held_out = dataset.embeddings[seen], dataset.embeddings[unseen]
         with tempfile.TemporaryDirectory() as folder:
             table[seen].write_parquet(Path(folder, f"{SEEN}_items_with_embeddings.parquet"))
             for name in flags.systems:

@@ -163,8 +163,8 @@ def write_embeddings(folder: str, rows: int) -> Path:
     path = Path(folder, "Bench_items_with_embeddings.parquet")
     names = pl.Series("parent_asin", [f"item {i}" for i in range(rows)])
     vectors = pl.Series("embedding", torch.randn(rows, 1024).numpy()).cast(pl.List(pl.Float32))
-    table, metadata = pl.DataFrame([names, vectors]), {"rows_per_group": str(ROWS_PER_GROUP)}
-    table.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP, metadata=metadata)
+    table = pl.DataFrame([names, vectors])
+    table.write_parquet(path, compression="uncompressed", row_group_size=ROWS_PER_GROUP)
     return path
 
 
