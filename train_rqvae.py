@@ -326,13 +326,10 @@ def lock(path: Path) -> IO:
     with fail_on(OSError, path, "cannot be written", "set the rights there, or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
-    try:
-        if os.name == "posix":
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(path, "another run is writing it", "wait for that one, or choose another folder")
-    except OSError:
-        pass  # a file system without locks
+    if os.name == "posix":
+        way_out = "wait for that one, or choose another folder"
+        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # other errors: a file system without locks
     return file
 
 
