@@ -54,6 +54,7 @@ FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; tokenize_items.py
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # many to fill a GPU, few to fit in a CPU's caches
 ITEMS_CHECKED = 8  # items embedded alone and in one batch, to compare the two
 GOOD_AGREEMENT = 0.999  # cosine
+UNUSED = "pooler."  # a layer of models like BERT that no pooling here reads
 MIN_PREFIX = 8  # tokens; a shorter prefix saves less time than it costs
 ROWS_READ = 2**16  # rows of a parquet file in memory at once
 ROWS_PER_GROUP = 8192  # rows per row group of the output
@@ -187,10 +188,9 @@ def file_digest(path: Path) -> str:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
-    try:
+    with suppress(*UNREADABLE):
         return pl.read_parquet_metadata(path)
-    except UNREADABLE:
-        return {}
+    return {}
 
 
 # ---------------------------------------------------------------- input
@@ -319,7 +319,7 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model; parameters that its files lack are NaN, and `model.missing` says which."""
+    """The model; ends the run if its files lack weights that the vectors depend on."""
     flag, way_out = f"--model_name {name}", "download it there again"
     if not Path(name).is_dir():
         way_out = "check the name and the network, or give a local folder"
@@ -335,10 +335,11 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
                 if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
                     fail(flag, f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there")
             raise
-    missing = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    model.missing = [name for name, _ in model.named_parameters() if name in missing]
-    for name in model.missing:
-        model.get_parameter(name).data.fill_(float("nan"))  # not the random numbers that transformers puts there
+    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # now random numbers
+    missing = sorted(key for key in missing if not key.startswith(UNUSED))
+    if missing:
+        trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
+        fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     return model.to(device).eval()
 
 
@@ -348,8 +349,9 @@ def weights_digest(model: PreTrainedModel) -> str:
     settings = {name: value for name, value in model.config.to_dict().items() if name not in ignored}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if not name.startswith(UNUSED):
+            digest.update(name.encode())
+            digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -440,17 +442,9 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
         expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
         if expected != tokens.ids[start : start + length].tolist():
             fail(path, f"made for {tokens.model_name}, and {name} now cuts the same text into other tokens", again)
-    with fail_on(
-        Exception,
-        flag,
-        f"cannot embed an item of {longest} tokens",
-        "tokenize with a smaller --max_length, or choose another encoder",
-    ):
+    trouble, way_out = f"cannot embed an item of {longest} tokens", "use a smaller --max_length or another encoder"
+    with fail_on(Exception, flag, trouble, way_out):
         vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
-    missing = [name for name in model.missing if not name.startswith("pooler.")]  # which no pooling here uses
-    if missing and vector.isnan().any():
-        trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
-        fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     last = tokens.ids[tokens.starts + tokens.lengths - 1]
     if config.pooling == "last" and (last != last[0]).any():
         print0("warning: --pooling last expects one end token, but items end in different ones", file=sys.stderr)
@@ -505,25 +499,18 @@ class Store:
         self.folder = output.with_name(f".{output.name}.partial")
         self.shape, self.row_bytes = (n, dim), 4 * dim
 
-    def recipe(self) -> dict[str, str]:
-        """The recipe of the vectors in the folder; empty if there is none."""
-        path = self.folder / "recipe.json"
-        with fail_on((OSError, TypeError, ValueError), path, "damaged", f"delete {self.folder} to start over"):
-            return dict(json.loads(path.read_text() if path.exists() else "{}"))
-
     def open(self, recipe: dict[str, str]) -> None:
         """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
-        earlier = self.recipe()
-        if earlier and earlier.get("fingerprint") != recipe["fingerprint"]:
-            print(f"dropped {self.folder}: vectors of a run that was stopped before the catalogue changed")
-            earlier = {}
-        if not earlier:
+        path = self.folder / "recipe.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        if earlier.get("fingerprint") != recipe["fingerprint"]:
+            if earlier:
+                print(f"dropped {self.folder}: vectors of a run that was stopped before the catalogue changed")
             shutil.rmtree(self.folder, ignore_errors=True)
-            with atomic_write(self.folder / "recipe.json") as temporary:
+            with atomic_write(path) as temporary:
                 self.folder.mkdir()
                 temporary.write_text(json.dumps(recipe, indent=1))
-            earlier = recipe
-        if other := [name for name in recipe if recipe[name] != earlier.get(name)]:
+        elif other := [name for name in recipe if recipe[name] != earlier.get(name)]:
             trouble = f"holds the vectors of a stopped run that differs in: {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
 
@@ -569,24 +556,24 @@ def embed_all(
 # ---------------------------------------------------------------- output
 
 
-def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray) -> np.ndarray:
-    """Copies vectors of the earlier output into the store, for texts (N hashes) it has; returns which: (N) bool."""
+def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Copies vectors of the earlier output into the store; returns for which texts: (M) bool.
+
+    texts (M) are the distinct hashes in ascending order, first (M) the rows that stand for them.
+    """
     path, metadata, kept = config.path(OUTPUT), read_metadata(config.path(OUTPUT)), np.zeros(len(texts), dtype=bool)
     if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
         print(f"no vector of {path} is kept (not found, or made with other settings: {', '.join(other)})")
         return kept
     with fail_on(UNREADABLE, path, "not a readable parquet file", "delete it"):
-        pieces = slices(path, ["item_context"], ROWS_READ)
-        earlier = np.concatenate([piece["item_context"].hash().to_numpy() for piece in pieces])
-        order = np.argsort(earlier)
-        # (N) row of the earlier output with this text, if there is one
-        place = order[np.searchsorted(earlier, texts, sorter=order).clip(max=len(earlier) - 1)]
-        for i, piece in enumerate(slices(path, ["embedding"], ROWS_PER_GROUP)):
-            rows = np.flatnonzero((earlier[place] == texts) & (place // ROWS_PER_GROUP == i))
-            vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()[place[rows] % ROWS_PER_GROUP]
-            store.write(rows, vectors)
-            kept[rows] = is_unit(vectors)
-    print(f"{kept.sum():,} of {len(texts):,} items keep the vector of an earlier run, {(~kept).sum():,} are embedded")
+        for piece in slices(path, ["item_context", "embedding"], ROWS_PER_GROUP):
+            hashes = piece["item_context"].hash().to_numpy()
+            vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()
+            place = np.searchsorted(texts, hashes).clip(max=len(texts) - 1)
+            known = (texts[place] == hashes) & is_unit(vectors)
+            store.write(first[place[known]], vectors[known])
+            kept[place[known]] = True
+    print(f"{kept.sum():,} of {len(texts):,} texts keep the vector of an earlier run, {(~kept).sum():,} are embedded")
     return kept
 
 
@@ -665,16 +652,14 @@ def main(argv: list[str] | None = None) -> None:
                 return
             config.reuse = True  # only other columns have changed
 
-        _, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
-        first = first[inverse]  # (N) the first row with the same text, the only one embedded
+        # of equal texts, only the first row is embedded: texts, first (M), inverse (N)
+        texts, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
         prefix = checked_prefix(model, tokens, config)
         plan = [None]  # broadcast_object_list fills it
         if RANK == 0:
             store.open(metadata)
-            is_wanted = first == np.arange(n)
-            if config.reuse:
-                is_wanted &= ~reuse(config, store, recipe, texts)
-            batches = batches_by_length(np.flatnonzero(is_wanted), tokens.lengths, config.tokens_per_batch)
+            kept = reuse(config, store, recipe, texts, first) if config.reuse else np.zeros(len(texts), dtype=bool)
+            batches = batches_by_length(np.sort(first[~kept]), tokens.lengths, config.tokens_per_batch)
             plan = [store.unfinished(batches)]
         if WORLD > 1:
             dist.broadcast_object_list(plan)  # from rank 0, which does not wait for the others
@@ -682,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
         if WORLD > 1:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:
-            write(config, store, first, metadata | {"catalogue": sha256, "model_name": config.model_name})
+            write(config, store, first[inverse], metadata | {"catalogue": sha256, "model_name": config.model_name})
             (store.folder / "recipe.json").unlink()  # vectors without one are not used, if a kill comes now
             shutil.rmtree(store.folder)
 

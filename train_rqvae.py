@@ -59,10 +59,9 @@ if os.name == "posix":  # on Windows, two runs are not kept apart
     import fcntl
 
 # Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
-RANK, WORLD, LOCAL_RANK = (
-    int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
-    for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
+RANK, WORLD, LOCAL_RANK = 0, 1, 0
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 print0 = print if RANK == 0 else lambda *_, **__: None
 
 # training
@@ -85,7 +84,7 @@ ROWS_READ = 2**13  # of the parquet file
 
 # keeping IDs and report
 KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many times smaller
-MIN_ERROR = 1e-3  # share of the variance; smaller errors count as this
+MIN_ERROR = 1e-3  # share of the variance; smaller errors are compared as this one
 RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of held-out ones
 RETRAIN_ITEMS = 30  # fewer new items prove nothing
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
@@ -209,11 +208,6 @@ def fail(subject: str | Path, trouble: str, way_out: str) -> NoReturn:
     line = " ".join(f"error: {subject}: {trouble}; {way_out}".split())
     tqdm.write(line, file=sys.stderr)  # on a line of its own, even below a progress bar
     raise SystemExit(2)
-
-
-def diverged(trouble: str) -> NoReturn:
-    """End the run after a NaN or infinity: exit status 1."""
-    raise SystemExit(f"error: {trouble}; train again with a lower --max_lr")
 
 
 def warn(message: str) -> None:
@@ -468,7 +462,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
-        """Move codes: which (M) indices, vectors (M, E), items (M) expected a step, from which the EMA counts start."""
+        """Move codes: which (M) indices, vectors (M, E), items (M) a step, from which EMA counts start."""
         self.codebook[which] = vectors
 
 
@@ -630,11 +624,8 @@ class RQVAE(nn.Module):
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
-        """Sum of the codes of an ID or of its first levels: ids (B, l) with l <= L -> (B, E)."""
-        latents = self.quantizers[0].codebook.new_zeros(len(ids), self.config.codebook_embedding_dim)
-        for level, codes in enumerate(ids.T):
-            latents = latents + self.quantizers[level].codebook[codes]
-        return latents
+        """Sum of the codes of IDs or of their first levels; a suffix counts nothing: ids (B, l) -> (B, E)."""
+        return sum(quantizer.codebook[codes] for quantizer, codes in zip(self.quantizers, ids.T, strict=False))
 
     @torch.no_grad()
     def encode_to_semantic_ids(self, x: Tensor, search_width: int = SEARCH_WIDTH) -> Tensor:
@@ -660,10 +651,9 @@ def fit_standardisation(model: RQVAE, embeddings: Tensor, rows: Tensor) -> None:
         x = embeddings[part].cpu().double()
         sums += torch.stack([x.sum(0), x.square().sum(0)])
     mean, square = all_sum(sums) / all_sum(torch.tensor(len(rows)))
-    variance = (square - mean.square()).mean()
-    constant = variance <= ROUNDING * square.mean()  # all items are equal up to rounding
+    variance = (square - mean.square()).mean().clamp_min(ROUNDING * square.mean())  # not 0 where all items are equal
     model.input_mean.copy_(mean)
-    model.input_scale.copy_(torch.ones(()) if constant else variance.sqrt())
+    model.input_scale.copy_(variance.sqrt())
 
 
 @torch.no_grad()
@@ -704,7 +694,7 @@ def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_st
     latents = torch.cat([model.encode(model.standardise(embeddings[part])) for part in parts])
     latents = gathered(latents).to(embeddings.device)
     if not latents.isfinite().all():
-        diverged("latents became NaN or infinite before k-means")
+        raise SystemExit("error: latents became NaN or infinite before k-means; train again with a lower --max_lr")
     if RANK == 0:  # changes the MLPs and the codebooks here; the others get copies
         init_codebooks(model, rescale_latents(model, latents), rows_per_step)
     copy_from_rank_0(model)
@@ -737,15 +727,12 @@ def code_statistics(codes: np.ndarray) -> dict[str, float]:
 
 def level_statistics(codes: np.ndarray, sizes: list[int]) -> list[dict]:
     """For each level of codes (N, L): share of its codes in use, their perplexity, and items a code (K)."""
-    counts = [np.bincount(level, minlength=size) for level, size in zip(codes.T, sizes, strict=True)]
-    return [
-        {
-            "usage": float((items > 0).mean()),
-            "perplexity": float(np.exp(entropy(items))),
-            "items_per_code": items.tolist(),
-        }
-        for items in counts
-    ]
+    levels = []
+    for column, size in zip(codes.T, sizes, strict=True):
+        items = np.bincount(column, minlength=size)
+        figures = {"usage": float((items > 0).mean()), "perplexity": float(np.exp(entropy(items)))}
+        levels.append(figures | {"items_per_code": items.tolist()})
+    return levels
 
 
 @torch.no_grad()
@@ -769,7 +756,7 @@ def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
     """The loss terms (3) by name, each the mean over the processes; a NaN or infinity ends the run."""
     total, reconstruction, vq = (all_sum(terms.clone()) / WORLD).tolist()
     if not math.isfinite(total):
-        diverged(f"the {prefix} loss became {total}")
+        raise SystemExit(f"error: the {prefix} loss became {total}; train again with a lower --max_lr")
     return {f"{prefix}/total_loss": total, f"{prefix}/reconstruction_loss": reconstruction, f"{prefix}/vq_loss": vq}
 
 
@@ -905,9 +892,8 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     total_steps = config.num_epochs * steps_per_epoch
     if config.max_steps > 0:
         total_steps = min(total_steps, config.max_steps)
-    autoencoder_steps = config.autoencoder_steps
-    if autoencoder_steps is None:
-        autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
+    default = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
+    autoencoder_steps = default if config.autoencoder_steps is None else config.autoencoder_steps
     if not config.use_kmeans_init:
         autoencoder_steps = 0
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
@@ -920,9 +906,8 @@ def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes an update orthogonal; scaled as in
     arXiv:2502.16982, section 2.2, one learning rate suits both.
     """
-    inner = [
-        layer.weight for stack in (model.encoder, model.decoder) for layer in stack[2:-1:2]
-    ]  # every other one is a SiLU
+    # the linear layers but the first and the last; each second layer is a SiLU
+    inner = [layer.weight for layer in (*model.encoder[2:-1:2], *model.decoder[2:-1:2])]
     others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in inner)]
     optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS, fused=True)]
     if inner:
@@ -1079,6 +1064,8 @@ class TrainingState:
         is_best = loss <= self.lowest_val_loss * (1 + TIE_TOLERANCE)
         self.lowest_val_loss = min(self.lowest_val_loss, loss)
         if is_best:
+            if RANK == 0:
+                self.config.final_path.unlink(missing_ok=True)  # of a finished run, whose best model this replaces
             self.save(self.config.best_path)
         usage = "/".join(f"{value:.0%}" for name, value in self.metrics.items() if name.startswith("catalogue/usage"))
         line = (
@@ -1130,7 +1117,9 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
                 optimizer.param_groups[0]["lr"] = rate
             noise = config.input_noise * (1 - (step - 1) / total)  # 0 at the end, for the codes to settle
             is_quantizing = step > plan.autoencoder_steps
-            width = (TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1) if is_quantizing else 0
+            width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
+            if not is_quantizing:
+                width = 0  # a plain autoencoder
             terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, noise, width)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
@@ -1141,7 +1130,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
                     state.usage.zero_()
 
             stopping = all_sum(torch.tensor(len(requests))).item() > 0
-            saving = stopping or step % config.steps_per_checkpoint == 0
+            saving = stopping or step == total or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
                 state.log_step(terms, norm.item(), rate)
@@ -1201,7 +1190,7 @@ def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: l
     number of free IDs below each next code (K).
     """
     n, size, all_ids = len(codes), sizes[level], np.concatenate([codes, occupied])
-    capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code, capped to stay small
+    capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
     parents, children = prefix_keys(all_ids, level), prefix_keys(all_ids, level + 1)  # (N + T)
     is_crowded = np.bincount(children)[children] > capacity
     rows = np.flatnonzero(np.isin(parents[:n], parents[is_crowded]))
@@ -1266,11 +1255,11 @@ def last_code_errors(model: RQVAE, x: Tensor, prefix: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def decoded_errors(model: RQVAE, x: Tensor, codes: np.ndarray) -> np.ndarray:
-    """Mean square errors of embeddings x (M, D) as stored, decoded from codes (M, L or more): (M).
+    """Mean square errors of embeddings x (M, D) as stored, decoded from codes (M, L), perhaps with a suffix: (M).
 
     Their mean is the unexplained variance, as a share of that of the training items.
     """
-    device, ids = model.input_mean.device, torch.from_numpy(codes[:, : len(model.quantizers)])
+    device, ids = model.input_mean.device, torch.from_numpy(codes)
     size, errors = chunk_rows(device, 1), []
     for part, some in zip(x.split(size), ids.split(size), strict=True):
         decoded = model.decode(model.decode_levels(some.to(device)))
@@ -1311,10 +1300,10 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, prove
         metadata = pl.read_parquet_metadata(path)
         if "retired" not in metadata:
             fail(path, "lacks the metadata of an export, perhaps since another program saved it again", way_out)
-        if metadata.get("model") != provenance["model"]:
+        if metadata["model"] != provenance["model"]:
             fail(path, "made with another model, so that its IDs mean other things", way_out)
-        if metadata.get("collisions") != config.collisions:
-            fail(path, f"made with --collisions {metadata.get('collisions')}", "give the same, or name another export")
+        if metadata["collisions"] != config.collisions:
+            fail(path, f"made with --collisions {metadata['collisions']}", "give the same, or name another export")
         table = pl.read_parquet(path, columns=["parent_asin", *columns], glob=False)
         ids = table.select(pl.col(columns).cast(pl.Int64)).to_numpy()
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
@@ -1369,11 +1358,10 @@ def keep_or_assign(
         best_errors = best_free_errors(model, x[rows], codes[rows], occupied)
     may_move = is_clearly_better(best_errors, old_errors)
     rows, old_errors = rows[may_move], old_errors[may_move]
-    if is_new.sum() + len(rows) <= free:
+    if is_new.sum() + len(rows) <= free:  # else no item moves: the free IDs are for the new ones
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
-        moves = is_clearly_better(
-            decoded_errors(model, x[rows], offered), old_errors
-        )  # not those whose best ID another one got
+        # the best ID of some went to another item: these stay
+        moves = is_clearly_better(decoded_errors(model, x[rows], offered), old_errors)
         retired = np.concatenate([retired, ids[rows[moves]]])
         occupied = np.concatenate([occupied, offered[moves]])
         ids[rows[moves]] = offered[moves]
@@ -1464,7 +1452,7 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
         figures["unexplained_variance"] = unexplained_variance(x, decode(encoded[:, :level]))
         figures["coherence"] = coherence(x, encoded[rows], level)
     for name, codes in (("as_encoded", encoded), ("as_written", written)):
-        decoded = decode(codes[:, :levels])
+        decoded = decode(codes)
         figures = {"unexplained_variance": unexplained_variance(x, decoded)}
         quality[name] = code_statistics(codes) | figures | {"recall@10": neighbour_recall(x, decoded, queries)}
     return quality
@@ -1513,7 +1501,8 @@ def print_report(quality: dict, tree: str) -> None:
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
         bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
-        rows.append({"level": i} | {name: value for name, value in level.items() if value is not counts} | bars)
+        figures = {name: value for name, value in level.items() if name != "items_per_code"}
+        rows.append({"level": i} | figures | bars)
     print_table(rows)
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
@@ -1543,8 +1532,8 @@ def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]
     return {"model": model, "collisions": config.collisions, "embeddings": str(dataset.checksum)}
 
 
-def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=None) -> None:
-    """Encode the whole catalogue, make the IDs distinct, write them, and report their quality."""
+def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict:
+    """Encode the whole catalogue, make the IDs distinct, write them, and report and return their quality."""
     metadata, x, sizes = provenance(config, dataset), dataset.embeddings, model.config.codebook_size
     previous = config.keep_ids and read_previous(config, sizes, dataset.parent_asin, metadata)
     latents, codes, norms = encode_catalogue(model, x)
@@ -1571,8 +1560,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig, run=Non
     print_report(quality, example_tree(ids, table["semantic_id"], dataset.labels))
     distinct = quality["as_written"]["distinct"]
     print(f"\nwrote {config.ids_path}: {len(table):,} items, {distinct:.2%} distinct IDs; and {config.quality_path}")
-    if run:
-        log_quality(run, quality)
+    return quality
 
 
 # ---------------------------------------------------------------- W&B
@@ -1601,24 +1589,21 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
     return run
 
 
-def log_quality(run, quality: dict) -> None:
-    """Send the figures of the report and a histogram of the codes of each level."""
+def finish_wandb(run, model: RQVAE, quality: dict, config: RQVAEConfig) -> None:
+    """Send the figures of the report, a histogram of the codes of each level, and best_model.pth as an artifact."""
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
         bins = min(len(counts), wandb.Histogram.MAX_LENGTH)
         histogram = np.histogram(np.arange(len(counts)), bins, weights=counts)
         run.log({f"codes/level_{i}": wandb.Histogram(np_histogram=histogram)})
     run.summary["quality"] = {name: value for name, value in quality.items() if name != "levels"}
-
-
-def upload_best(run, model: RQVAE, config: RQVAEConfig) -> None:
-    """Upload best_model.pth as a W&B artifact, with its metrics."""
     metadata = model.metrics | {"config": asdict(model.config)}
     metadata["unique_proportion"] = model.metrics["catalogue/distinct"]
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"rqvae-{config.category}")[:128]
     artifact = wandb.Artifact(name, "model", metadata=metadata)
     artifact.add_file(str(config.best_path))
     run.log_artifact(artifact)
+    run.finish()
 
 
 # ---------------------------------------------------------------- main
@@ -1648,13 +1633,13 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
     defaults = RQVAEConfig()
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(defaults, name)
-        if name == "codebook_size" and len(set(asked)) == 1:  # one number for however many levels
+        if name == "codebook_size" and len(set(asked)) == 1:  # one number stands for every level
             asked, default = asked[:1] * len(own), default[:1] * len(own)
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
-def check_replaced(config: RQVAEConfig, n: int, checksum: int, from_start: bool, is_finished: bool = True) -> None:
+def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
     """End the run if it would replace a model of another catalogue, a stopped run or, as a trial, one of more items."""
     if config.overwrite:
         return
@@ -1668,8 +1653,8 @@ def check_replaced(config: RQVAEConfig, n: int, checksum: int, from_start: bool,
                 fail(path, f"trained on {source}, not on {config.source}", way_out)
             if config.num_rows and old.get("items", 0) > n:
                 fail(path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
-            if path in newest and not is_finished and not mismatch(old, config, checksum):
-                fail(path, "saved by this run before it was stopped", "--resume goes on, --overwrite starts over")
+    if from_start and newest and not config.final_path.exists():
+        fail(newest[0], "saved by a run that was stopped", "--resume goes on with its flags, --overwrite starts over")
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
@@ -1711,7 +1696,7 @@ def main(argv: list[str] | None = None) -> int:
         check_model(model.config, config, dim)
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
-        check_replaced(config, n, checksum, from_start=False)
+        check_replaced(config, n, from_start=False)
     else:
         if config.item_embedding_dim not in (None, dim):
             trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
@@ -1728,13 +1713,13 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         resumed = find_resumed(config, checksum, plan.total_steps) if config.resume and not is_trained else None
         start = resumed["step"] if resumed else 0
-        if all_sum(torch.tensor(start)).item() != start * WORLD:
+        if all_sum(torch.tensor(start)).item() != start * WORLD:  # some found another checkpoint
             fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
         from_start = not (is_trained or resumed)
-        check_replaced(config, n, checksum, from_start, is_finished=bool(final))
+        check_replaced(config, n, from_start)
         if not is_trained:
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
             for path in numbered_checkpoints(config.checkpoints).values() if RANK == 0 and from_start else ():
@@ -1755,11 +1740,9 @@ def main(argv: list[str] | None = None) -> int:
         if (best := model.metrics["step"]) < plan.total_steps / 2:
             trouble = f"the best model is of step {best:,} of {plan.total_steps:,}, the later ones overfit"
             warn(f"{trouble}; README has flags by the size of the catalogue")
+    quality = export(model.to(device), dataset, config)
     if run:
-        upload_best(run, model, config)
-    export(model.to(device), dataset, config, run)
-    if run:
-        run.finish()
+        finish_wandb(run, model, quality, config)
     return 0
 
 

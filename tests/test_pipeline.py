@@ -55,7 +55,7 @@ def test_the_chain_gives_every_item_one_distinct_id(tmp_path, data_dir, catalogu
     assert len(shown) >= 8
     assert all(of_id[shown_id] == label for shown_id, label in shown)
     made = {path.name for path in (tmp_path / "checkpoints" / "rqvae").glob("*.pth")}
-    assert made == {"best_model.pth", "final_model.pth"}
+    assert made == {"best_model.pth", "final_model.pth", "checkpoint_step_20.pth"}
     assert {path.name for path in tmp_path.iterdir()} == {"data", "checkpoints"}, "something was left beside them"
 
 

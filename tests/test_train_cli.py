@@ -31,7 +31,7 @@ N, DIM, LEVELS = 300, 24, 3
 # every run starts in its own folder and gets relative paths, so that checkpoints of two folders can be equal
 SOURCE, IDS = "data/Tiny_items_with_embeddings.parquet", "data/Tiny_semantic_ids.parquet"
 QUALITY, BEST, FINAL = "data/Tiny_quality.json", "checkpoints/best_model.pth", "checkpoints/final_model.pth"
-TEN, TWENTY = "checkpoints/checkpoint_step_10.pth", "checkpoints/checkpoint_step_20.pth"
+TEN, TWENTY, LAST = (f"checkpoints/checkpoint_step_{step}.pth" for step in (10, 20, 24))
 TINY = {
     "category": "Tiny", "data_dir": "data", "checkpoint_dir": "checkpoints", "device": "cpu", "dtype": "float32",
     "encoder_hidden_dims": [32, 16], "codebook_embedding_dim": 8, "codebook_quantization_levels": LEVELS,
@@ -261,6 +261,7 @@ def copy(trained, tmp_path) -> Path:
 def unfinished(copy) -> Path:
     """A copy of that folder as a run leaves it that is stopped before its end."""
     (copy / FINAL).unlink()
+    (copy / LAST).unlink()
     return copy
 
 
@@ -268,7 +269,7 @@ def unfinished(copy) -> Path:
 
 
 def test_run_writes_every_checkpoint_and_no_other_file(trained):
-    assert set(outputs(trained)) == {SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY}
+    assert set(outputs(trained)) == {SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY, LAST}
 
 
 def test_ids_are_in_input_order_distinct_and_spelled_from_their_codes(trained):
@@ -487,7 +488,9 @@ def test_report_goes_to_wandb(watched):
     assert watched.recorder.summary["quality"]["as_written"] == quality["as_written"]
     # more codes than W&B takes bars: neighbouring codes share one
     recorder = Recorder()
-    train_rqvae.log_quality(recorder, {"levels": [{"items_per_code": [1] * 1300}]})
+    model = train_rqvae.load_model(watched.folder / BEST)
+    config = train_rqvae.RQVAEConfig(checkpoint_dir=str(watched.folder / "checkpoints"))
+    train_rqvae.finish_wandb(recorder, model, {"levels": [{"items_per_code": [1] * 1300}]}, config)
     histogram = recorder.report["codes/level_0"].histogram
     assert sum(histogram) == 1300
     assert set(histogram) == {2, 3}
@@ -544,7 +547,8 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
 
 
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
-    assert f"{TWENTY}: saved by this run before it was stopped; --resume goes on" in refused(unfinished)
+    for flags in ({}, {"max_lr": 1e-2}):  # whatever flags are given now
+        assert f"{TWENTY}: saved by a run that was stopped; --resume goes on" in refused(unfinished, **flags)
     (unfinished / BEST).unlink(missing_ok=True)
     shutil.copy(unfinished / SOURCE, unfinished / SOURCE.replace("Tiny", "Other"))
     assert f"{TWENTY}: trained on {SOURCE}" in refused(unfinished, category="Other")
@@ -552,9 +556,23 @@ def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused)
     assert same_files(unfinished, trained)
 
 
-def test_a_new_run_leaves_no_checkpoint_of_another_to_resume_from(unfinished):
-    assert run(unfinished, seed=7, steps_per_checkpoint=1000) == 0
-    assert not list(unfinished.glob("checkpoints/checkpoint_step_*"))
+def test_a_new_run_leaves_no_checkpoint_of_another_to_resume_from(copy):
+    assert run(copy, seed=7, steps_per_checkpoint=1000) == 0
+    assert [path.name for path in copy.glob("checkpoints/checkpoint_step_*")] == [Path(LAST).name]
+    assert load(copy / LAST)["config"]["seed"] == 7
+
+
+def test_a_finished_run_can_be_trained_longer(copy, capsys, monkeypatch, refused):
+    first, ids = load(copy / LAST), (copy / IDS).read_bytes()
+    with monkeypatch.context() as patch:
+        before_step(patch, 21, interrupt)
+        assert run(copy, "--resume", max_steps=60) == 130
+    assert f"going on from {LAST}" in capsys.readouterr().out
+    assert first["step"] < load(copy / BEST)["step"] < 60
+    assert "a run that was stopped" in refused(copy)  # nor is its half-trained model exported as that of the first run
+    assert (copy / IDS).read_bytes() == ids
+    assert run(copy, "--resume", max_steps=60) == 0
+    assert load(copy / FINAL)["step"] == 60
 
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
@@ -578,7 +596,7 @@ def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refu
 
 
 def test_a_model_of_another_run_without_numbered_checkpoints_is_not_resumed(copy, trained, refused):
-    for path in (TEN, TWENTY, FINAL):
+    for path in (TEN, TWENTY, LAST, FINAL):
         (copy / path).unlink()
     assert "trained with --seed 42, not 1" in refused(copy, "--resume", seed=1)
     assert run(copy, "--resume") == 0  # its own run begins again
@@ -601,7 +619,7 @@ def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folde
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(copy, refused):
     line = refused(copy, "--resume", max_steps=15)
-    assert TWENTY in line
+    assert LAST in line
     assert "--max_steps" in line
 
 
@@ -659,7 +677,7 @@ def test_the_newest_checkpoints_of_this_run_stay_and_those_of_an_earlier_longer_
     mine = "checkpoints/checkpoint_step_30_mine.pth"
     (folder / mine).write_bytes(b"a copy by hand")
     assert run(folder, seed=1, steps_per_checkpoint=5, keep_checkpoints=2) == 0
-    assert set(outputs(folder)) == {SOURCE, IDS, QUALITY, BEST, FINAL, TEN.replace("10", "15"), TWENTY, mine}
+    assert set(outputs(folder)) == {SOURCE, IDS, QUALITY, BEST, FINAL, TWENTY, LAST, mine}
     assert run(folder, "--resume", seed=1, max_steps=26) == 0
 
 
@@ -758,7 +776,8 @@ def test_flags_show_in_the_files(tmp_path):
     assert ids["parent_asin"].to_list() == NAMES[:250]
     assert ids.columns[-2] == "semantic_id_4"
     assert {path.name for path in (folder / "new" / "deep").glob("*.pth")} == {
-        *("best_model.pth", "final_model.pth", "checkpoint_step_4.pth", "checkpoint_step_8.pth")
+        *("best_model.pth", "final_model.pth", "checkpoint_step_4.pth", "checkpoint_step_8.pth"),
+        "checkpoint_step_9.pth",
     }
     checkpoint = load(folder / "new" / "deep" / "final_model.pth")
     shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint["model_state_dict"].items()}
@@ -775,7 +794,8 @@ def test_a_tilde_is_the_home_folder(folder, tmp_path, monkeypatch, refused):
     with contextlib.chdir(tmp_path):
         assert train_rqvae.main(command(**away)) == 0
         assert train_rqvae.main(command("--export_only", keep_ids=f"~/{IDS}", **away)) == 0
-    assert set(outputs(tmp_path)) == {f"folder/{name}" for name in (SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY)}
+    files = (SOURCE, IDS, QUALITY, BEST, FINAL, TEN, TWENTY, LAST)
+    assert set(outputs(tmp_path)) == {f"folder/{name}" for name in files}
     assert quality_of(folder)["keep_ids"]["kept"] == N
     for flag in ("data_dir", "keep_ids"):
         assert "error: ~no-user/" in refused(folder, "--export_only", **{flag: "~no-user/data"})
@@ -1172,7 +1192,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(unfinished, trained, capsys,
 @pytest.mark.parametrize(("name", "value"), [("encoder_hidden_dims", [32]), ("max_lr", 1e-2), ("use_ema_vq", True)])
 def test_a_checkpoint_of_other_flags_is_not_resumed(copy, refused, name, value):
     line = refused(copy, "--resume", **{name: value})
-    assert all(word in line for word in (TWENTY, f"--{name}", "leave --resume out")), line
+    assert all(word in line for word in (LAST, f"--{name}", "leave --resume out")), line
 
 
 def test_a_checkpoint_of_other_embeddings_is_not_resumed(copy, refused):
