@@ -132,8 +132,9 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device of this process, and the reason for it."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = max(available, key=available.get) if name == "auto" else name  # max returns the first of equals
-    if not available[kind]:
+    here = [kind for kind, is_there in available.items() if is_there]  # the best one first
+    kind = here[0] if name == "auto" else name
+    if kind not in here:
         fail(f"--device {name}", "there is none here", "use --device auto")
     device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
     return device, "the best one here" if name == "auto" else "asked for"
@@ -240,9 +241,12 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     return Tokens(np.frombuffer(ids, np.int32), starts[:num_rows], lengths[:num_rows], **settings)
 
 
-def check_replaced(config: EmbedConfig, n: int, total: int) -> None:
-    """Ends the run if n of the catalogue's `total` items would replace more, or embeddings that others have made."""
-    path, earlier = config.path(OUTPUT), read_metadata(config.path(OUTPUT))
+def check_replaced(config: EmbedConfig, n: int, total: int, earlier: dict[str, str]) -> None:
+    """Ends the run if n of the catalogue's `total` items would replace more, or embeddings that others have made.
+
+    `earlier` is the metadata of the output that is there.
+    """
+    path = config.path(OUTPUT)
     if config.overwrite:
         return
     if n < min(total, int(earlier.get("n_items", 0))):
@@ -253,8 +257,11 @@ def check_replaced(config: EmbedConfig, n: int, total: int) -> None:
             fail(path, "holds embeddings that this script has not made", "move it away, or --overwrite replaces it")
 
 
-def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str]:
-    """Checks that the tokens are of this catalogue; returns 64-bit hashes of the texts, (N), and the file's SHA-256."""
+def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str, int]:
+    """Checks that the tokens are of this catalogue.
+
+    Returns 64-bit hashes of the texts (N), the file's SHA-256, and the number of all its rows.
+    """
     path, names = config.path(CATALOGUE), ["parent_asin", "item_context"]
     fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
@@ -273,8 +280,7 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
         trouble = f"does not fit {path}: items, texts or order have changed"
         fail(config.path(TOKENS), trouble, "run tokenize_items.py again")
     print0(f"{n:,} of {len(texts):,} items of {path}")
-    check_replaced(config, n, len(texts))
-    return texts[:n], sha256
+    return texts[:n], sha256, len(texts)
 
 
 # ---------------------------------------------------------------- model
@@ -298,7 +304,7 @@ def read_json(config: EmbedConfig, name: str) -> Any:
 def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     """The pooling and the reason for it; ends the run if the model declares what this script cannot do."""
     flag, way_out = f"--model_name {config.model_name}", "choose another model"
-    modules = read_json(config, "modules.json")  # of sentence-transformers
+    modules = read_json(config, "modules.json")  # of sentence-transformers; 1_Pooling may be there without it
     paths = {module["type"].split(".")[-1]: module["path"] for module in modules} or {"Pooling": "1_Pooling"}
     for kind in paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
         fail(flag, f"its modules.json asks for {kind}, which this script cannot do", way_out)
@@ -413,9 +419,8 @@ def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
     return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
 
 
-def check_numbers(vectors: Tensor, rows: np.ndarray, config: EmbedConfig) -> np.ndarray:
-    """The vectors (B, D) of rows (B) as an array; ends the run if one of them is not of length 1."""
-    vectors = vectors.cpu().numpy()
+def check_numbers(vectors: np.ndarray, rows: np.ndarray, config: EmbedConfig) -> np.ndarray:
+    """The vectors (B, D) of rows (B) again; ends the run if one of them is not of length 1."""
     if not (sound := is_unit(vectors)).all():
         trouble = f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}"
         damaged = "the model's weights are damaged: download them again"
@@ -470,13 +475,14 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
     by_length = np.argsort(tokens.lengths, kind="stable")
     count = min(ITEMS_CHECKED, len(by_length), max(2, config.tokens_per_batch // int(tokens.lengths.max())))
     rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-    single = check_numbers(torch.cat([embed(model, tokens, row[None], config) for row in rows]), rows, config)
-    for prefix in (read_prefix(model, tokens, config), None):
-        together = embed(model, tokens, rows, config, prefix)
-        agreement = (single * together.cpu().numpy()).sum(axis=1).min()
-        if agreement >= GOOD_AGREEMENT:
-            break
-    check_numbers(together, rows, config)
+    single = np.concatenate([embed(model, tokens, row[None], config).cpu().numpy() for row in rows])
+    check_numbers(single, rows, config)
+    prefix = read_prefix(model, tokens, config)
+    together = embed(model, tokens, rows, config, prefix).cpu().numpy()
+    if prefix and not (single * together).sum(axis=1).min() >= GOOD_AGREEMENT:
+        prefix = None
+        together = embed(model, tokens, rows, config).cpu().numpy()
+    agreement = (single * check_numbers(together, rows, config)).sum(axis=1).min()
     if prefix:
         print0(f"the {prefix.get_seq_length()} tokens that all items start with are read once")
     print0(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
@@ -549,7 +555,7 @@ def embed_all(
     sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
     with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
         for rows, size in zip(batches, sizes, strict=True):
-            store.write(rows, check_numbers(embed(model, tokens, rows, config, prefix), rows, config))
+            store.write(rows, check_numbers(embed(model, tokens, rows, config, prefix).cpu().numpy(), rows, config))
             progress.update(size)
 
 
@@ -621,8 +627,9 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
     tokens = read_tokens(config.path(TOKENS), config.num_rows)
-    texts, sha256 = read_catalogue(config, tokens)
-    n = len(texts)
+    texts, sha256, total = read_catalogue(config, tokens)
+    n, earlier = len(texts), read_metadata(config.path(OUTPUT))
+    check_replaced(config, n, total, earlier)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
@@ -644,7 +651,6 @@ def main(argv: list[str] | None = None) -> None:
             "target_dim": str(config.target_dim),
         }
         metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
-        earlier = read_metadata(config.path(OUTPUT))
         store = Store(config.path(OUTPUT), n, config.target_dim)
         if not config.overwrite and metadata.items() <= earlier.items():
             if earlier.get("catalogue") == sha256:

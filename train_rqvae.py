@@ -89,6 +89,7 @@ RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of
 RETRAIN_ITEMS = 30  # fewer new items prove nothing
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
 RECALL_QUERIES, NEIGHBOURS = 1000, 10
+FEW_ITEMS = range(2_400, 5_000)  # for which a recommender was seen to reward two large levels and a suffix
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
@@ -383,11 +384,12 @@ class EmbeddingDataset:
             dim = file.select(lists.head(1).list.len()).collect().item()
             if not dim:
                 fail(path, "the first embedding is null or empty", "run embed_items.py again")
-            vectors = np.full((end - first, dim), np.nan, dtype=np.float32)
-            for start in range(0, len(vectors), ROWS_READ):
-                column = rows.select(lists).slice(start, ROWS_READ).collect().to_series()
+            vectors, start = np.full((end - first, dim), np.nan, dtype=np.float32), 0
+            for piece in rows.select(lists).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
+                column = piece.to_series()
                 fits = (column.list.len() == dim).fill_null(False)
-                vectors[start : start + ROWS_READ][fits] = column.filter(fits).list.to_array(dim).to_numpy()
+                vectors[start : start + len(column)][fits] = column.filter(fits).list.to_array(dim).to_numpy()
+                start += len(column)
         wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
         if wrong.any():
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
@@ -1520,6 +1522,9 @@ def print_report(quality: dict, tree: str) -> None:
         if loss > RETRAIN_RATIO * held_out:
             trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
             warn(f"the model no longer fits this catalogue ({trouble}): train again")
+    if items in FEW_ITEMS and len(quality["codebook_size"]) > 2:
+        flags = "--codebook_size 1024 1024 --collisions suffix"
+        print(f"\non so few items, a recommender does better with {flags}: see README")
     print(f"\nsome prefixes and their items:\n{tree}")
 
 

@@ -374,6 +374,14 @@ def test_codebooks_of_two_sizes_go_the_whole_way(tmp_path, recorder, capsys, ref
     assert {tuple(row) for row in codes_of(folder, 2).tolist()} == set(itertools.product(range(12), range(5)))
 
 
+@pytest.mark.parametrize(("few", "levels", "told"), [(range(301), 3, 1), (range(300), 3, 0), (range(301), 2, 0)])
+def test_the_report_names_the_shape_that_suits_few_items(copy, monkeypatch, capsys, few, levels, told):
+    monkeypatch.setattr(train_rqvae, "FEW_ITEMS", few)
+    quality = quality_of(copy)
+    train_rqvae.print_report(quality | {"codebook_size": quality["codebook_size"][:levels]}, "tree")
+    assert capsys.readouterr().out.count("a recommender does better with --codebook_size 1024 1024") == told
+
+
 def test_as_many_items_as_ids_use_every_id_even_where_all_embeddings_are_equal(tmp_path):
     table = catalogue(64)
     folder = new_folder(tmp_path / "full", table.with_columns(embedding=pl.Series([table["embedding"][0]] * 64)))
