@@ -12,6 +12,8 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 import align_embeddings as align
 
+import train_rqvae
+
 GROUPS, SIZE, DIM = 12, 10, 24  # item g * SIZE + t is taken with its group g; its text is that of topic t
 UNSEEN = 20  # items without a history, two of each topic
 NAMES = [f"i{n:03}" for n in range(GROUPS * SIZE + UNSEEN)]
@@ -85,6 +87,43 @@ def test_items_taken_together_come_nearer_and_the_others_keep_near_their_texts(e
     unseen = y[seen:] @ y[seen:].T
     assert unseen[-1, -1 - SIZE] > 0.9999
     assert (np.where(np.eye(UNSEEN, dtype=bool), -1, unseen).argmax(1) % SIZE == np.arange(UNSEEN) % SIZE).all()
+
+
+def test_the_ids_follow_behaviour_through_a_kill_and_a_growing_catalogue(embeddings, monkeypatch):
+    monkeypatch.chdir(embeddings.parent)
+    flags = "--category C --data_dir . --batch_size 64 --max_steps 120 --max_lr 1e-2 --steps_per_checkpoint 40"
+    flags += " --codebook_size 16 16 --codebook_embedding_dim 8 --encoder_hidden_dims 32 --device cpu"
+
+    def ids(folder: str, *more: str) -> pl.DataFrame:
+        assert train_rqvae.main([*flags.split(), "--checkpoint_dir", folder, *more]) == 0
+        return pl.read_parquet("C_semantic_ids.parquet")
+
+    def share(table: pl.DataFrame, group: np.ndarray) -> float:
+        """Of the pairs of one group, those with the same first code."""
+        codes = table.sort("parent_asin")["semantic_id_0"].to_numpy()[: GROUPS * SIZE]
+        same = (group[:, None] == group) & ~np.eye(len(group), dtype=bool)
+        return (codes[:, None] == codes)[same].mean()
+
+    item, texts = np.arange(GROUPS * SIZE), pl.read_parquet(embeddings)
+    of_texts, aligned = ids("texts"), run(embeddings, make_histories())
+    aligned.write_parquet(embeddings)
+    undisturbed = ids("undisturbed")
+    assert share(of_texts, item % SIZE) > share(of_texts, item // SIZE) + 0.1
+    assert share(undisturbed, item // SIZE) > share(undisturbed, item % SIZE) + 0.1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rqvae, "reset_codes", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            ids("killed")
+    assert ids("killed", "--resume").equals(undisturbed)
+
+    new = texts[:9].with_columns(parent_asin=pl.lit("new ") + pl.col("parent_asin"))
+    pl.concat([texts, new]).write_parquet(embeddings)
+    run(embeddings, make_histories()).write_parquet(embeddings)
+    grown = ids("killed", "--export_only", "--keep_ids", "C_semantic_ids.parquet")
+    assert grown["semantic_id"].is_unique().all()
+    kept = grown.join(undisturbed, on=["parent_asin", "semantic_id"])
+    assert len(kept) > 0.8 * len(NAMES)
 
 
 def test_unknown_items_are_counted_and_change_nothing(embeddings, capsys):
