@@ -31,7 +31,6 @@ import re
 import signal
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -395,8 +394,10 @@ class EmbeddingDataset:
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
             fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", "run embed_items.py again")
         self.parent_asin, self.labels = table["parent_asin"], table["label"]
-        items = enumerate(zip(self.parent_asin, vectors, strict=True), start=first)
-        checksum = sum(zlib.crc32(x, zlib.crc32(f"{row} {name}".encode())) for row, (name, x) in items)
+        rows = zip(range(first, end), self.parent_asin, vectors, strict=True)
+        texts = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in rows)
+        # a sum of CRCs would miss the exchange of some vectors
+        checksum = sum(int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) for text in texts)
         self.checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
@@ -653,7 +654,7 @@ def fit_standardisation(model: RQVAE, embeddings: Tensor, rows: Tensor) -> None:
         x = embeddings[part].cpu().double()
         sums += torch.stack([x.sum(0), x.square().sum(0)])
     mean, square = all_sum(sums) / all_sum(torch.tensor(len(rows)))
-    variance = (square - mean.square()).mean().clamp_min(ROUNDING * square.mean())  # not 0 where all items are equal
+    variance = (square - mean.square()).mean().clamp_min(ROUNDING * square.mean() + 1e-30)  # not 0 if all are equal
     model.input_mean.copy_(mean)
     model.input_scale.copy_(variance.sqrt())
 
@@ -842,7 +843,7 @@ def read_if_same_run(path: Path, config: RQVAEConfig, checksum: int) -> dict | N
 
 def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
-    way_out = "give the same flags as before, or leave --resume out to train anew"
+    way_out = "give the same flags as before, or --overwrite instead of --resume to train anew"
     for step, path in numbered_checkpoints(config.checkpoints).items():
         try:
             checkpoint = read_checkpoint(path)
@@ -853,7 +854,7 @@ def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict |
         if trouble:
             fail(path, trouble, way_out)
         if step > total_steps:
-            fail(path, f"trained for more than {total_steps} steps", "raise --max_steps, or train without --resume")
+            fail(path, f"trained for more than {total_steps} steps", "raise --max_steps, or give --overwrite")
         print0(f"going on from {path}")
         return checkpoint
     with suppress(ValueError):
@@ -1013,8 +1014,12 @@ class TrainingState:
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
         self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        if read_if_same_run(self.config.best_path, self.config, self.checksum):  # else the next validation writes one
+        best = read_if_same_run(self.config.best_path, self.config, self.checksum)
+        if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
             self.lowest_val_loss = checkpoint["lowest_val_loss"]
+        elif self.step == self.plan.total_steps:
+            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
+            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -1650,16 +1655,20 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
     newest = list(numbered_checkpoints(config.checkpoints).values())[:1]
-    for path in [config.best_path, *newest] if from_start else ():
+    saved = {}  # step and data of each checkpoint
+    for path in [config.best_path, config.final_path, *newest] if from_start else ():
         with suppress(ValueError):
             old = read_checkpoint(path)
+            saved[path] = old["step"], old["data"]
             source = trained_config(old).source
             if source.resolve() != config.source.resolve():
                 fail(path, f"trained on {source}, not on {config.source}", way_out)
             if config.num_rows and old.get("items", 0) > n:
                 fail(path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
-    if from_start and newest and not config.final_path.exists():
-        fail(newest[0], "saved by a run that was stopped", "--resume goes on with its flags, --overwrite starts over")
+    for path in newest:
+        if saved.get(path) != saved.get(config.final_path):
+            way_out = "--resume goes on with its flags, --overwrite starts over"
+            fail(path, "saved by a run that was stopped", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
@@ -1699,6 +1708,9 @@ def main(argv: list[str] | None = None) -> int:
     if config.export_only:
         model = load_model(config.best_path)
         check_model(model.config, config, dim)
+        if not config.final_path.exists():
+            step = model.metrics["step"]
+            warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
         config.codebook_size = model.config.codebook_size
         check_sizes(n, config)
         check_replaced(config, n, from_start=False)

@@ -554,6 +554,12 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
     assert load(copy / BEST)["config"][flag] == other
 
 
+def test_the_ids_of_a_stopped_run_come_with_a_warning(unfinished, capsys):
+    assert run(unfinished, "--export_only") == 0
+    step = load(unfinished / BEST)["step"]
+    assert f"no {FINAL}: if that training was stopped, these are the IDs of its step {step}" in capsys.readouterr().err
+
+
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
     for flags in ({}, {"max_lr": 1e-2}):  # whatever flags are given now
         assert f"{TWENTY}: saved by a run that was stopped; --resume goes on" in refused(unfinished, **flags)
@@ -581,6 +587,23 @@ def test_a_finished_run_can_be_trained_longer(copy, capsys, monkeypatch, refused
     assert (copy / IDS).read_bytes() == ids
     assert run(copy, "--resume", max_steps=60) == 0
     assert load(copy / FINAL)["step"] == 60
+
+
+def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy, monkeypatch, refused):
+    longer = {"max_steps": 60, "steps_per_checkpoint": 1000}
+    with monkeypatch.context() as patch:  # before its first validation: the best model is still that of the first run
+        before_step(patch, 2, interrupt)
+        assert run(copy, "--resume", **longer) == 130
+    assert (copy / FINAL).exists()
+    assert run(copy, collisions="suffix") == 0
+    assert "a run that was stopped" in refused(copy, **longer)
+    (copy / LAST.replace("24", "26")).unlink()
+    with monkeypatch.context() as patch:  # after it
+        before_step(patch, 21, kill)
+        with pytest.raises(Killed):
+            run(copy, "--resume", **longer)
+    assert load(copy / BEST)["step"] > 24
+    assert f"{BEST}: missing, damaged or of a longer run" in refused(copy, "--resume")
 
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
@@ -622,7 +645,7 @@ def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folde
     (folder / BEST).unlink()  # it cannot be made again: its step may be long past
     line = refused(folder, "--resume", **flags)
     assert BEST in line
-    assert "train again" in line
+    assert "--overwrite instead of --resume" in line
 
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(copy, refused):
@@ -1200,7 +1223,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(unfinished, trained, capsys,
 @pytest.mark.parametrize(("name", "value"), [("encoder_hidden_dims", [32]), ("max_lr", 1e-2), ("use_ema_vq", True)])
 def test_a_checkpoint_of_other_flags_is_not_resumed(copy, refused, name, value):
     line = refused(copy, "--resume", **{name: value})
-    assert all(word in line for word in (LAST, f"--{name}", "leave --resume out")), line
+    assert all(word in line for word in (LAST, f"--{name}", "--overwrite instead of --resume")), line
 
 
 def test_a_checkpoint_of_other_embeddings_is_not_resumed(copy, refused):
