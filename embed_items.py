@@ -655,7 +655,6 @@ def main(argv: list[str] | None = None) -> None:
         if not config.overwrite and metadata.items() <= earlier.items():
             if earlier.get("catalogue") == sha256:
                 print0(f"{config.path(OUTPUT)} is complete already: nothing to do; --overwrite embeds again")
-                shutil.rmtree(store.folder, ignore_errors=True)  # if a kill came before its end
                 return
             config.reuse = True  # only other columns have changed
 
