@@ -1757,9 +1757,9 @@ def main(argv: list[str] | None = None) -> int:
         if (best := model.metrics["step"]) < plan.total_steps / 2:
             trouble = f"the best model is of step {best:,} of {plan.total_steps:,}, the later ones overfit"
             warn(f"{trouble}; README has flags by the size of the catalogue")
+    quality = export(model.to(device), dataset, config)
     if model.config.collisions != config.collisions:
         warn(f"trained with --collisions {model.config.collisions}, and these IDs are made with {config.collisions}")
-    quality = export(model.to(device), dataset, config)
     if run:
         finish_wandb(run, model, quality, config)
     return 0

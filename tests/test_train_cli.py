@@ -319,7 +319,7 @@ def test_a_best_model_far_from_the_end_is_told(folder, monkeypatch, capsys):
     assert "warning: the best model is of step 8 of 24" in capsys.readouterr().err
 
 
-def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_distinct(undisturbed, tmp_path):
+def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_distinct(undisturbed, tmp_path, capsys):
     folder = shutil.copytree(undisturbed.folder, tmp_path / "copy")
     assert run(folder, "--export_only", collisions="keep", **undisturbed.flags) == 0
     model, encoded = train_rqvae.load_model(folder / BEST, "cpu"), codes_of(folder)
@@ -327,6 +327,7 @@ def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_dist
     assert np.array_equal(model.encode_to_semantic_ids(embeddings_of(folder)), encoded)
     assert len(np.unique(encoded, axis=0)) < N  # there are collisions to resolve
     assert run(folder, "--export_only", collisions="suffix", **undisturbed.flags) == 0
+    assert "trained with --collisions assign, and these IDs are made with suffix" in capsys.readouterr().err
     table = ids_of(folder)
     assert table.columns[1:-1] == [f"semantic_id_{level}" for level in range(LEVELS + 1)]
     assert np.array_equal(codes_of(folder), encoded)
