@@ -383,6 +383,7 @@ def test_the_report_names_the_shape_that_suits_few_items(copy, monkeypatch, caps
     assert capsys.readouterr().out.count("a recommender does better with --codebook_size 1024 1024") == told
 
 
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")  # equal items
 def test_as_many_items_as_ids_use_every_id_even_where_all_embeddings_are_equal(tmp_path):
     table = catalogue(64)
     folder = new_folder(tmp_path / "full", table.with_columns(embedding=pl.Series([table["embedding"][0]] * 64)))
