@@ -398,8 +398,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 @torch.inference_mode()
 def embed(
     model: PreTrainedModel, tokens: Tokens, rows: np.ndarray, config: EmbedConfig, prefix: Cache | None = None
-) -> Tensor:
-    """Vectors of rows (B), truncated and then normalised: (B, D) float32, on the model's device.
+) -> np.ndarray:
+    """Vectors of rows (B), truncated and then normalised: (B, D) float32.
 
     With a prefix the model is causal: no token sees the padding on its right, so there is no need for a mask.
     """
@@ -412,20 +412,19 @@ def embed(
     else:
         output = model(input_ids=input_ids, attention_mask=mask)
     pooled = pool(output.last_hidden_state, mask, config.pooling)  # (B, H)
-    return F.normalize(pooled.float()[:, : config.target_dim], dim=-1)
+    return F.normalize(pooled.float()[:, : config.target_dim], dim=-1).cpu().numpy()
 
 
 def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
     return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
 
 
-def check_numbers(vectors: np.ndarray, rows: np.ndarray, config: EmbedConfig) -> np.ndarray:
-    """The vectors (B, D) of rows (B) again; ends the run if one of them is not of length 1."""
+def check_numbers(vectors: np.ndarray, rows: np.ndarray, config: EmbedConfig) -> None:
+    """Ends the run if one of the vectors (B, D) of rows (B) is not of length 1."""
     if not (sound := is_unit(vectors)).all():
         trouble = f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}"
         damaged = "the model's weights are damaged: download them again"
         fail(config.path(TOKENS), trouble, damaged if config.dtype == "float32" else "use --dtype float32")
-    return vectors
 
 
 def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> int:
@@ -475,14 +474,15 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
     by_length = np.argsort(tokens.lengths, kind="stable")
     count = min(ITEMS_CHECKED, len(by_length), max(2, config.tokens_per_batch // int(tokens.lengths.max())))
     rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-    single = np.concatenate([embed(model, tokens, row[None], config).cpu().numpy() for row in rows])
+    single = np.concatenate([embed(model, tokens, row[None], config) for row in rows])
     check_numbers(single, rows, config)
     prefix = read_prefix(model, tokens, config)
-    together = embed(model, tokens, rows, config, prefix).cpu().numpy()
+    together = embed(model, tokens, rows, config, prefix)
     if prefix and not (single * together).sum(axis=1).min() >= GOOD_AGREEMENT:
         prefix = None
-        together = embed(model, tokens, rows, config).cpu().numpy()
-    agreement = (single * check_numbers(together, rows, config)).sum(axis=1).min()
+        together = embed(model, tokens, rows, config)
+    check_numbers(together, rows, config)
+    agreement = (single * together).sum(axis=1).min()
     if prefix:
         print0(f"the {prefix.get_seq_length()} tokens that all items start with are read once")
     print0(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
@@ -520,6 +520,13 @@ class Store:
             trouble = f"holds the vectors of a stopped run that differs in: {', '.join(other)}"
             fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
 
+    def remove(self, recipe: dict[str, str]) -> None:
+        """Removes the folder unless its vectors were made with another recipe."""
+        path = self.folder / "recipe.json"
+        if not path.exists() or json.loads(path.read_text()) == recipe:
+            path.unlink(missing_ok=True)  # first, as vectors without a recipe are not used if a kill comes now
+            shutil.rmtree(self.folder, ignore_errors=True)
+
     def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Keeps the vectors (B, D) of rows (B)."""
         path = self.folder / f"vectors-{RANK}"
@@ -555,7 +562,9 @@ def embed_all(
     sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
     with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
         for rows, size in zip(batches, sizes, strict=True):
-            store.write(rows, check_numbers(embed(model, tokens, rows, config, prefix).cpu().numpy(), rows, config))
+            vectors = embed(model, tokens, rows, config, prefix)
+            check_numbers(vectors, rows, config)
+            store.write(rows, vectors)
             progress.update(size)
 
 
@@ -655,6 +664,8 @@ def main(argv: list[str] | None = None) -> None:
         if not config.overwrite and metadata.items() <= earlier.items():
             if earlier.get("catalogue") == sha256:
                 print0(f"{config.path(OUTPUT)} is complete already: nothing to do; --overwrite embeds again")
+                if RANK == 0:
+                    store.remove(metadata)  # a kill may have come before
                 return
             config.reuse = True  # only other columns have changed
 
@@ -674,8 +685,7 @@ def main(argv: list[str] | None = None) -> None:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:
             write(config, store, first[inverse], metadata | {"catalogue": sha256, "model_name": config.model_name})
-            (store.folder / "recipe.json").unlink()  # vectors without one are not used, if a kill comes now
-            shutil.rmtree(store.folder)
+            store.remove(metadata)
 
 
 if __name__ == "__main__":

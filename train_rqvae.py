@@ -378,13 +378,13 @@ class EmbeddingDataset:
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
             label = pl.coalesce(pl.col(texts).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH))
-            rows, lists = file.slice(first, end - first), pl.col("embedding").cast(pl.List(pl.Float32))
-            table = rows.select("parent_asin", label.alias("label")).collect()
+            own, lists = file.slice(first, end - first), pl.col("embedding").cast(pl.List(pl.Float32))
+            self.parent_asin, self.labels = names[first:end], own.select(label).collect().to_series()
             dim = file.select(lists.head(1).list.len()).collect().item()
             if not dim:
                 fail(path, "the first embedding is null or empty", "run embed_items.py again")
             vectors, start = np.full((end - first, dim), np.nan, dtype=np.float32), 0
-            for piece in rows.select(lists).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
+            for piece in own.select(lists).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
                 column = piece.to_series()
                 fits = (column.list.len() == dim).fill_null(False)
                 vectors[start : start + len(column)][fits] = column.filter(fits).list.to_array(dim).to_numpy()
@@ -393,11 +393,10 @@ class EmbeddingDataset:
         if wrong.any():
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
             fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", "run embed_items.py again")
-        self.parent_asin, self.labels = table["parent_asin"], table["label"]
-        rows = zip(range(first, end), self.parent_asin, vectors, strict=True)
-        texts = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in rows)
+        items = zip(range(first, end), self.parent_asin, vectors, strict=True)
+        contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
         # a sum of CRCs would miss the exchange of some vectors
-        checksum = sum(int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) for text in texts)
+        checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
         self.checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
@@ -627,7 +626,7 @@ class RQVAE(nn.Module):
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
-        """Sum of the codes of IDs or of their first levels; a suffix counts nothing: ids (B, l) -> (B, E)."""
+        """Sum of the codes of IDs or of their first levels; a suffix is left out: ids (B, l) -> (B, E)."""
         return sum(quantizer.codebook[codes] for quantizer, codes in zip(self.quantizers, ids.T, strict=False))
 
     @torch.no_grad()
@@ -909,7 +908,7 @@ def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes an update orthogonal; scaled as in
     arXiv:2502.16982, section 2.2, one learning rate suits both.
     """
-    # the linear layers but the first and the last; each second layer is a SiLU
+    # the linear layers between the first and the last; every second layer is a SiLU
     inner = [layer.weight for layer in (*model.encoder[2:-1:2], *model.decoder[2:-1:2])]
     others = [parameter for parameter in model.parameters() if all(parameter is not weight for weight in inner)]
     optimizers: list[Optimizer] = [torch.optim.Adam(others, lr=max_lr, betas=ADAM_BETAS, fused=True)]
@@ -1655,7 +1654,7 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
     newest = list(numbered_checkpoints(config.checkpoints).values())[:1]
-    saved = {}  # step and data of each checkpoint
+    saved = {}  # step and data of each checkpoint; a finished run has a numbered one like its final_model.pth
     for path in [config.best_path, config.final_path, *newest] if from_start else ():
         with suppress(ValueError):
             old = read_checkpoint(path)
@@ -1665,10 +1664,8 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
                 fail(path, f"trained on {source}, not on {config.source}", way_out)
             if config.num_rows and old.get("items", 0) > n:
                 fail(path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
-    for path in newest:
-        if saved.get(path) != saved.get(config.final_path):
-            way_out = "--resume goes on with its flags, --overwrite starts over"
-            fail(path, "saved by a run that was stopped", way_out)
+    if from_start and newest and saved.get(newest[0]) != saved.get(config.final_path):
+        fail(newest[0], "saved by a run that was stopped", "--resume goes on with its flags, --overwrite starts over")
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
@@ -1722,9 +1719,8 @@ def main(argv: list[str] | None = None) -> int:
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
         final = None if config.overwrite else read_if_same_run(config.final_path, config, checksum)
-        is_trained = (
-            final and final["step"] == plan.total_steps and read_if_same_run(config.best_path, config, checksum)
-        )
+        is_finished = final and final["step"] == plan.total_steps
+        is_trained = is_finished and read_if_same_run(config.best_path, config, checksum)
         if is_trained and is_exported(config, dataset):
             print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
             return 0

@@ -1123,6 +1123,29 @@ def test_a_complete_run_leaves_the_vectors_of_another(qwen3_dir, monkeypatch):
     assert files_of(qwen3_dir) == before
 
 
+@pytest.mark.parametrize(("owner", "name"), [(embed_items.Store, "remove"), (shutil, "rmtree")])
+def test_vectors_that_a_kill_left_behind_go_with_the_next_run(qwen3_dir, monkeypatch, owner, name):
+    write = embed_items.write
+
+    def be_killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+
+        def write_and_be_killed(*arguments):
+            write(*arguments)
+            patch.setattr(owner, name, be_killed)
+
+        patch.setattr(embed_items, "write", write_and_be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(flags(qwen3_dir))
+    complete = (qwen3_dir / OUTPUT).read_bytes()
+    assert (qwen3_dir / PARTIAL).exists()
+    main(flags(qwen3_dir))
+    assert (qwen3_dir / OUTPUT).read_bytes() == complete
+    assert not (qwen3_dir / PARTIAL).exists()
+
+
 def test_the_vectors_of_a_run_stopped_on_an_earlier_catalogue_do_not_block_the_next(
     stopped, catalogue, tiny_encoder, from_nothing, capsys
 ):
