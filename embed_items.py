@@ -26,7 +26,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, NoReturn
@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from polars.io.plugins import register_io_source
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, Cache, HfArgumentParser, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -49,15 +50,13 @@ if os.name == "posix":
     import fcntl
 
 TOKENS, CATALOGUE, OUTPUT = "tokenized.npz", "items_updated.parquet", "items_with_embeddings.parquet"
-FORMAT_VERSION = 2  # of the npz
-FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; tokenize_items.py must use the same
+FORMAT_VERSION = 3  # of the npz
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # many to fill a GPU, few to fit in a CPU's caches
-ITEMS_CHECKED = 8  # items embedded alone and in one batch, to compare the two
-GOOD_AGREEMENT = 0.999  # cosine
+TEXTS_CHECKED = 8  # texts cut into tokens once more, to compare the two
+GOOD_AGREEMENT = 0.999  # cosine of a vector made alone and the same one made in a batch
 UNUSED = "pooler."  # a layer of models like BERT that no pooling here reads
 MIN_PREFIX = 8  # tokens; a shorter prefix saves less time than it costs
-ROWS_READ = 2**16  # rows of a parquet file in memory at once
-ROWS_PER_GROUP = 8192  # rows per row group of the output
+ROWS_PER_GROUP = 8192  # rows per row group of the output, and rows of a parquet file in memory at once
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
 ROOM = "free disk space or get write access there, or choose another --data_dir"
 
@@ -132,12 +131,12 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
 def choose_device(name: str) -> tuple[torch.device, str]:
     """The device of this process, and the reason for it."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    here = [kind for kind, is_there in available.items() if is_there]  # the best one first
-    kind = here[0] if name == "auto" else name
-    if kind not in here:
+    kind, reason = name, "asked for"
+    if name == "auto":
+        kind, reason = next(kind for kind in available if available[kind]), "the best one here"
+    if not available[kind]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    device = torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
-    return device, "the best one here" if name == "auto" else "asked for"
+    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None), reason
 
 
 def keep_freed_memory() -> None:
@@ -161,37 +160,9 @@ def lock(path: Path) -> IO:
     return file
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, and moves that file to `path` when the block has written it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with fail_on((OSError, pl.exceptions.ComputeError), path, "cannot be written", ROOM):
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def slices(path: Path, columns: list[str], size: int, n: int | None = None) -> Iterator[pl.DataFrame]:
-    """The first n rows of a parquet file, or all, `size` at a time."""
-    frame = pl.scan_parquet(path, n_rows=n, glob=False).select(columns)
-    for start in range(0, frame.select(pl.len()).collect().item(), ROWS_READ):
-        yield from frame.slice(start, ROWS_READ).collect().iter_slices(size)
-
-
 def file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Key-value metadata of an earlier output; empty if there is none or it is damaged."""
-    with suppress(*UNREADABLE):
-        return pl.read_parquet_metadata(path)
-    return {}
 
 
 # ---------------------------------------------------------------- input
@@ -214,10 +185,11 @@ def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator
     """Rows of an array (N, W) in an npz, some at a time."""
     with archive.open(f"{name}.npy") as file:
         np.lib.format.read_magic(file)
-        (n, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+        (n, width), is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert not is_fortran, "its columns are stored one after the other"
         for start in range(0, n, size):
             rows = min(size, n - start)
-            # with the last byte zipfile compares the checksum
+            # zipfile compares the checksum when the last byte is read
             yield np.frombuffer(file.read(rows * width * dtype.itemsize), dtype).reshape(rows, width)
 
 
@@ -241,20 +213,18 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     return Tokens(np.frombuffer(ids, np.int32), starts[:num_rows], lengths[:num_rows], **settings)
 
 
-def check_replaced(config: EmbedConfig, n: int, total: int, earlier: dict[str, str]) -> None:
-    """Ends the run if n of the catalogue's `total` items would replace more, or embeddings that others have made.
-
-    `earlier` is the metadata of the output that is there.
-    """
-    path = config.path(OUTPUT)
-    if config.overwrite:
-        return
-    if n < min(total, int(earlier.get("n_items", 0))):
-        trouble = f"holds {int(earlier['n_items']):,} items, more than the {n:,} of this trial"
+def read_earlier(config: EmbedConfig, n: int, total: int) -> dict[str, str]:
+    """Metadata of the earlier output, if any; ends the run if n of the catalogue's `total` items may not replace it."""
+    path, earlier, columns = config.path(OUTPUT), {}, []
+    with suppress(*UNREADABLE):  # there is none, or nothing to keep
+        earlier, columns = pl.read_parquet_metadata(path), pl.scan_parquet(path, glob=False).collect_schema()
+    rows = int(earlier.get("n_items", 0))
+    if n < min(total, rows) and not config.overwrite:
+        trouble = f"holds {rows:,} items, more than the {n:,} of this trial"
         fail(path, trouble, "--overwrite replaces it; both scripts without --num_rows embed all items")
-    with suppress(*UNREADABLE):  # nothing to keep
-        if "weights" not in earlier and "embedding" in pl.scan_parquet(path, glob=False).collect_schema():
-            fail(path, "holds embeddings that this script has not made", "move it away, or --overwrite replaces it")
+    if "embedding" in columns and "weights" not in earlier and not config.overwrite:
+        fail(path, "holds embeddings that this script has not made", "move it away, or --overwrite replaces it")
+    return earlier
 
 
 def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str, int]:
@@ -262,25 +232,21 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
 
     Returns 64-bit hashes of the texts (N), the file's SHA-256, and the number of all its rows.
     """
-    path, names = config.path(CATALOGUE), ["parent_asin", "item_context"]
-    fingerprint, texts = hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
+    path, fingerprint, hashes = config.path(CATALOGUE), hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
-        schema = pl.scan_parquet(path, glob=False).collect_schema()
-        if "embedding" in schema:
+        catalogue = pl.scan_parquet(path, glob=False)
+        if "embedding" in catalogue.collect_schema():
             fail(path, "already has a column embedding", "drop or rename it")
-        if all(schema.get(name) == pl.String for name in names):
-            for rows in slices(path, names, FINGERPRINT_ROWS):
-                for column in rows:  # as in tokenize_items.py
-                    fingerprint.update(column.str.len_bytes().to_numpy().tobytes())
-                    fingerprint.update(column.str.join().item().encode())
-                texts.append(rows["item_context"].hash().to_numpy())
+        for rows in catalogue.select("parent_asin", "item_context").collect_batches(chunk_size=ROWS_PER_GROUP):
+            fingerprint.update(rows.write_ndjson().encode())  # as in tokenize_items.py
+            hashes.append(rows["item_context"].hash().to_numpy())
         sha256 = file_digest(path)
-    texts, n = np.concatenate(texts), len(tokens.lengths)
-    if fingerprint.hexdigest() != tokens.fingerprint or len(texts) < n:
+    hashes, n = np.concatenate(hashes), len(tokens.lengths)
+    if fingerprint.hexdigest() != tokens.fingerprint or len(hashes) < n:
         trouble = f"does not fit {path}: items, texts or order have changed"
         fail(config.path(TOKENS), trouble, "run tokenize_items.py again")
-    print0(f"{n:,} of {len(texts):,} items of {path}")
-    return texts[:n], sha256, len(texts)
+    print0(f"{n:,} of {len(hashes):,} items of {path}")
+    return hashes[:n], sha256, len(hashes)
 
 
 # ---------------------------------------------------------------- model
@@ -346,6 +312,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     if missing:
         trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
+    if getattr(model.config, "auto_map", None):
+        print0(f"warning: {name} brings code of its own, which is not used", file=sys.stderr)
     return model.to(device).eval()
 
 
@@ -372,16 +340,6 @@ def batches_by_length(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: i
     return batches
 
 
-def pad_right(tokens: Tokens, rows: np.ndarray, skip: int) -> tuple[Tensor, Tensor]:
-    """input_ids and mask of rows (B) without their first `skip` tokens: (B, T) int64."""
-    lengths = tokens.lengths[rows] - skip  # (B)
-    column = np.arange(lengths.max())  # (T)
-    mask = column < lengths[:, None]  # (B, T)
-    place = tokens.starts[rows, None] + skip + np.where(mask, column, 0)
-    input_ids = np.where(mask, tokens.ids[place], 0)
-    return torch.from_numpy(input_ids.astype(np.int64)), torch.from_numpy(mask.astype(np.int64))
-
-
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """One vector an item, padded on the right: hidden (B, T, H), mask (B, T) -> (B, H).
 
@@ -395,16 +353,22 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
 
+def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
+    return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
+
+
 @torch.inference_mode()
 def embed(
     model: PreTrainedModel, tokens: Tokens, rows: np.ndarray, config: EmbedConfig, prefix: Cache | None = None
 ) -> np.ndarray:
-    """Vectors of rows (B), truncated and then normalised: (B, D) float32.
+    """Vectors of rows (B), truncated and then normalised: (B, D) float32; ends the run if one is not of length 1.
 
-    With a prefix the model is causal: no token sees the padding on its right, so there is no need for a mask.
+    A prefix comes from a causal model only. There no token sees the padding on its right, so no mask is needed.
     """
-    padded = pad_right(tokens, rows, prefix.get_seq_length() if prefix else 0)
-    input_ids, mask = (tensor.to(model.device) for tensor in padded)
+    skip = prefix.get_seq_length() if prefix else 0
+    items = [torch.from_numpy(tokens.ids[tokens.starts[row] :][skip : tokens.lengths[row]]) for row in rows]
+    input_ids = pad_sequence(items, batch_first=True).long().to(model.device)  # (B, T)
+    mask = pad_sequence([torch.ones_like(ids) for ids in items], batch_first=True).long().to(model.device)
     if prefix:
         past = copy.deepcopy(prefix)  # the model appends to it
         past.batch_repeat_interleave(len(rows))
@@ -412,25 +376,18 @@ def embed(
     else:
         output = model(input_ids=input_ids, attention_mask=mask)
     pooled = pool(output.last_hidden_state, mask, config.pooling)  # (B, H)
-    return F.normalize(pooled.float()[:, : config.target_dim], dim=-1).cpu().numpy()
-
-
-def is_unit(vectors: np.ndarray) -> np.ndarray:  # (B, D) -> (B)
-    return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
-
-
-def check_numbers(vectors: np.ndarray, rows: np.ndarray, config: EmbedConfig) -> None:
-    """Ends the run if one of the vectors (B, D) of rows (B) is not of length 1."""
+    vectors = F.normalize(pooled.float()[:, : config.target_dim], dim=-1).cpu().numpy()
     if not (sound := is_unit(vectors)).all():
         trouble = f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}"
         damaged = "the model's weights are damaged: download them again"
         fail(config.path(TOKENS), trouble, damaged if config.dtype == "float32" else "use --dtype float32")
+    return vectors
 
 
-def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> int:
-    """Size of the model's vectors; ends the run if the tokens were made for another model or it cannot embed them."""
+def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> None:
+    """Ends the run if the tokens were made for another model, or are more than this one reads."""
     name, path = config.model_name, config.path(TOKENS)
-    flag, again = f"--model_name {name}", f"run tokenize_items.py with --model_name {name}"
+    again = f"run tokenize_items.py with --model_name {name}"
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
     for token in (tokens.ids.min(), tokens.ids.max()):
         if not 0 <= token < vocabulary:
@@ -438,21 +395,17 @@ def check_fit(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> in
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet says -1 for no limit
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} --max_length {limit}")
-    with fail_on(Exception, flag, "has no tokenizer", "put the tokenizer's files beside the weights"):
+    with fail_on(Exception, f"--model_name {name}", "has no tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    texts = pl.scan_parquet(config.path(CATALOGUE), glob=False).select("item_context").head(ITEMS_CHECKED).collect()
+    texts = pl.scan_parquet(config.path(CATALOGUE), glob=False).select("item_context").head(TEXTS_CHECKED).collect()
     for text, start, length in zip(texts.to_series(), tokens.starts, tokens.lengths, strict=False):
         prompt = f"Instruct: {tokens.instruction}\nQuery:{text}" if tokens.instruction else text
         expected = tokenizer(prompt, truncation=True, max_length=tokens.max_length)["input_ids"]
         if expected != tokens.ids[start : start + length].tolist():
             fail(path, f"made for {tokens.model_name}, and {name} now cuts the same text into other tokens", again)
-    trouble, way_out = f"cannot embed an item of {longest} tokens", "use a smaller --max_length or another encoder"
-    with fail_on(Exception, flag, trouble, way_out):
-        vector = embed(model, tokens, tokens.lengths.argmax(keepdims=True), replace(config, target_dim=None))
     last = tokens.ids[tokens.starts + tokens.lengths - 1]
     if config.pooling == "last" and (last != last[0]).any():
         print0("warning: --pooling last expects one end token, but items end in different ones", file=sys.stderr)
-    return vector.shape[1]
 
 
 @torch.inference_mode()
@@ -469,26 +422,25 @@ def read_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> 
     return cache if layers and layers <= {DynamicLayer, DynamicSlidingWindowLayer} else None
 
 
-def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> Cache | None:
-    """The prefix, if it gives right vectors; prints how well items alone and items in a batch agree."""
-    by_length = np.argsort(tokens.lengths, kind="stable")
-    count = min(ITEMS_CHECKED, len(by_length), max(2, config.tokens_per_batch // int(tokens.lengths.max())))
-    rows = by_length[np.linspace(0, len(by_length) - 1, count).astype(int)]
-    single = np.concatenate([embed(model, tokens, row[None], config) for row in rows])
-    check_numbers(single, rows, config)
-    prefix = read_prefix(model, tokens, config)
-    together = embed(model, tokens, rows, config, prefix)
-    if prefix and not (single * together).sum(axis=1).min() >= GOOD_AGREEMENT:
-        prefix = None
-        together = embed(model, tokens, rows, config)
-    check_numbers(together, rows, config)
-    agreement = (single * together).sum(axis=1).min()
+def check_vectors(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> tuple[Cache | None, int]:
+    """Embeds the longest and the shortest item alone and in one batch, and prints how well the two agree.
+
+    Returns the prefix, None if there is none or it changes the vectors, and their size D.
+    """
+    flag, trouble = f"--model_name {config.model_name}", f"cannot embed an item of {tokens.lengths.max()} tokens"
+    rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
+    with fail_on(Exception, flag, trouble, "use a smaller --max_length or another encoder"):
+        alone = np.concatenate([embed(model, tokens, row, config) for row in rows[:, None]])
+    for prefix in (read_prefix(model, tokens, config), None):
+        agreement = (alone * embed(model, tokens, rows, config, prefix)).sum(axis=1).min()
+        if agreement >= GOOD_AGREEMENT:
+            break
     if prefix:
         print0(f"the {prefix.get_seq_length()} tokens that all items start with are read once")
     print0(f"items embedded alone and inside a batch agree to a cosine of {agreement:.6f} at the worst")
     if agreement < GOOD_AGREEMENT:
         print0("warning: padding changes the vectors; try --dtype float32 or another --pooling", file=sys.stderr)
-    return prefix
+    return prefix, alone.shape[1]
 
 
 # ---------------------------------------------------------------- finished vectors
@@ -497,44 +449,25 @@ def checked_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) 
 class Store:
     """Finished vectors (N, D) on disk, until the output is complete.
 
-    recipe.json      what the vectors depend on
-    vectors-R        vectors of the process of rank R: sparse, float32, zero where it has embedded nothing
+    A folder for each recipe, which is all that the vectors depend on. In it a sparse float32 file for each process,
+    zero where that process has embedded nothing.
     """
 
-    def __init__(self, output: Path, n: int, dim: int):
-        self.folder = output.with_name(f".{output.name}.partial")
+    def __init__(self, output: Path, recipe: dict[str, str], n: int, dim: int):
+        digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+        self.folder = output.with_name(f".{output.name}.partial") / digest
         self.shape, self.row_bytes = (n, dim), 4 * dim
-
-    def open(self, recipe: dict[str, str]) -> None:
-        """Makes the folder if there is none; ends the run if its vectors were made with another recipe."""
-        path = self.folder / "recipe.json"
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-        if earlier.get("fingerprint") != recipe["fingerprint"]:
-            if earlier:
-                print(f"dropped {self.folder}: vectors of a run that was stopped before the catalogue changed")
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with atomic_write(path) as temporary:
-                self.folder.mkdir()
-                temporary.write_text(json.dumps(recipe, indent=1))
-        elif other := [name for name in recipe if recipe[name] != earlier.get(name)]:
-            trouble = f"holds the vectors of a stopped run that differs in: {', '.join(other)}"
-            fail(self.folder, trouble, "finish that run with its own command, or delete the folder to start over")
-
-    def remove(self, recipe: dict[str, str]) -> None:
-        """Removes the folder unless its vectors were made with another recipe."""
-        path = self.folder / "recipe.json"
-        if not path.exists() or json.loads(path.read_text()) == recipe:
-            path.unlink(missing_ok=True)  # first, as vectors without a recipe are not used if a kill comes now
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def write(self, rows: np.ndarray, vectors: np.ndarray) -> None:
         """Keeps the vectors (B, D) of rows (B)."""
         path = self.folder / f"vectors-{RANK}"
-        with fail_on(OSError, path, "cannot be written", ROOM), open(path, "r+b" if path.exists() else "w+b") as file:
-            file.truncate(self.shape[0] * self.row_bytes)
-            for row, vector in zip(rows.tolist(), vectors, strict=True):
-                file.seek(row * self.row_bytes)
-                file.write(vector)
+        with fail_on(OSError, path, "cannot be written", ROOM):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(path, "r+b" if path.exists() else "w+b") as file:
+                file.truncate(self.shape[0] * self.row_bytes)
+                for row, vector in zip(rows.tolist(), vectors, strict=True):
+                    file.seek(row * self.row_bytes)
+                    file.write(vector)
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of rows (B), whichever process wrote them: (B, D). Zero if not finished or torn by a power cut."""
@@ -545,14 +478,6 @@ class Store:
                 result = np.where(is_unit(vectors)[:, None], vectors, result)
         return result
 
-    def unfinished(self, batches: list[np.ndarray]) -> list[np.ndarray]:
-        """Batches with an unfinished row. A batch is embedded whole, because other batches would round differently."""
-        left = [rows for rows in batches if not is_unit(self.read(rows)).all()]
-        if len(left) < len(batches):
-            finished = sum(map(len, batches)) - sum(map(len, left))
-            print(f"{finished:,} items were finished by an earlier run, {sum(map(len, left)):,} are left")
-        return left
-
 
 def embed_all(
     model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None, store: Store, batches: list
@@ -562,58 +487,64 @@ def embed_all(
     sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
     with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
         for rows, size in zip(batches, sizes, strict=True):
-            vectors = embed(model, tokens, rows, config, prefix)
-            check_numbers(vectors, rows, config)
-            store.write(rows, vectors)
+            store.write(rows, embed(model, tokens, rows, config, prefix))
             progress.update(size)
 
 
 # ---------------------------------------------------------------- output
 
 
-def reuse(config: EmbedConfig, store: Store, recipe: dict, texts: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """Copies vectors of the earlier output into the store; returns for which texts: (M) bool.
+def reuse(config: EmbedConfig, store: Store, other: list[str], hashes: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Copies vectors of the earlier output into the store. Returns which of the texts it held: (M) bool.
 
-    texts (M) are the distinct hashes in ascending order, first (M) the rows that stand for them.
+    hashes (M) are those of the distinct texts in ascending order, first (M) the rows that stand for them, `other` the
+    settings in which the earlier output differs.
     """
-    path, metadata, kept = config.path(OUTPUT), read_metadata(config.path(OUTPUT)), np.zeros(len(texts), dtype=bool)
-    if other := [name for name in recipe if metadata.get(name) != recipe[name]]:
+    path, kept = config.path(OUTPUT), np.zeros(len(hashes), dtype=bool)
+    if other:
         print(f"no vector of {path} is kept (not found, or made with other settings: {', '.join(other)})")
         return kept
     with fail_on(UNREADABLE, path, "not a readable parquet file", "delete it"):
-        for piece in slices(path, ["item_context", "embedding"], ROWS_PER_GROUP):
-            hashes = piece["item_context"].hash().to_numpy()
+        earlier = pl.scan_parquet(path, glob=False).select("item_context", "embedding")
+        for piece in earlier.collect_batches(chunk_size=ROWS_PER_GROUP):
+            text = piece["item_context"].hash().to_numpy()
             vectors = piece["embedding"].list.to_array(store.shape[1]).to_numpy()
-            place = np.searchsorted(texts, hashes).clip(max=len(texts) - 1)
-            known = (texts[place] == hashes) & is_unit(vectors)
+            place = np.searchsorted(hashes, text).clip(max=len(hashes) - 1)
+            known = (hashes[place] == text) & is_unit(vectors)
             store.write(first[place[known]], vectors[known])
             kept[place[known]] = True
-    print(f"{kept.sum():,} of {len(texts):,} texts keep the vector of an earlier run, {(~kept).sum():,} are embedded")
+    print(f"{kept.sum():,} of {len(kept):,} texts keep the vector of an earlier run, {(~kept).sum():,} are embedded")
     return kept
 
 
-def write(config: EmbedConfig, store: Store, first: np.ndarray, metadata: dict[str, str]) -> None:
-    """Writes the catalogue with the vectors of the rows `first` (N)."""
-    if not config.path(CATALOGUE).is_file() or file_digest(config.path(CATALOGUE)) != metadata["catalogue"]:
+def write(config: EmbedConfig, store: Store, source: np.ndarray, metadata: dict[str, str]) -> None:
+    """Writes the catalogue with the finished vectors; item i gets the one of row source[i], source (N)."""
+    catalogue, path = config.path(CATALOGUE), config.path(OUTPUT)
+    if not catalogue.is_file() or file_digest(catalogue) != metadata["catalogue"]:
         trouble = "another file than when this run began, so its vectors would go to other items"
-        fail(config.path(CATALOGUE), trouble, "put it back and run the same command again, or tokenize the new one")
-    schema = pl.scan_parquet(config.path(CATALOGUE), glob=False).collect_schema()
+        fail(catalogue, trouble, "put it back and run the same command again, or tokenize the new one")
+    items = pl.scan_parquet(catalogue, n_rows=len(source), glob=False)
 
     def pieces(*_) -> Iterator[pl.DataFrame]:
-        for i, piece in enumerate(slices(config.path(CATALOGUE), list(schema), ROWS_PER_GROUP, len(first))):
-            vectors = store.read(first[i * ROWS_PER_GROUP :][: piece.height])
+        start = 0
+        for piece in items.collect_batches(chunk_size=ROWS_PER_GROUP):
+            vectors = store.read(source[start : start + piece.height])
+            start += piece.height
             if not is_unit(vectors).all():
                 fail(store.folder, "vectors are missing", "run the same command again")
             yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
 
-    with atomic_write(config.path(OUTPUT)) as temporary:
-        register_io_source(pieces, schema=schema | {"embedding": pl.List(pl.Float32)}).sink_parquet(
-            temporary,
-            compression="uncompressed",  # zstd would make the vectors 7% smaller in twice the time
-            row_group_size=ROWS_PER_GROUP,
-            metadata=metadata,
-        )
-    print(f"wrote {config.path(OUTPUT)}: {len(first):,} x {config.target_dim}")
+    schema = items.collect_schema() | {"embedding": pl.List(pl.Float32)}
+    # zstd would make the vectors 7% smaller in twice the time
+    options = {"compression": "uncompressed", "row_group_size": ROWS_PER_GROUP, "sync_on_close": "all"}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with fail_on((OSError, pl.exceptions.ComputeError), path, "cannot be written", ROOM):
+            register_io_source(pieces, schema=schema).sink_parquet(temporary, metadata=metadata, **options)
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"wrote {path}: {len(source):,} x {store.shape[1]}")
 
 
 # ---------------------------------------------------------------- main
@@ -636,20 +567,20 @@ def main(argv: list[str] | None = None) -> None:
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
     tokens = read_tokens(config.path(TOKENS), config.num_rows)
-    texts, sha256, total = read_catalogue(config, tokens)
-    n, earlier = len(texts), read_metadata(config.path(OUTPUT))
-    check_replaced(config, n, total, earlier)
+    hashes, sha256, total = read_catalogue(config, tokens)
+    n = len(hashes)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
     config.model_name = config.model_name or tokens.model_name
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     with lock(config.path(OUTPUT)) if RANK == 0 else nullcontext():
+        earlier = read_earlier(config, n, total)
         model = load_model(config.model_name, getattr(torch, config.dtype), device)
         config.pooling, why = choose_pooling(config)  # after load_model: without a network its error is the clearer one
-        size = check_fit(model, tokens, config)
-        config.target_dim = min(config.target_dim, size)
-        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why}), batches of "
-               f"{config.tokens_per_batch} tokens, {config.target_dim} of {size} dimensions kept")  # fmt: skip
+        check_tokens(model, tokens, config)
+        prefix, config.target_dim = check_vectors(model, tokens, config)
+        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why})")
+        print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
         recipe = {
             "weights": weights_digest(model),
             "tokenizer": tokens.tokenizer,
@@ -660,24 +591,28 @@ def main(argv: list[str] | None = None) -> None:
             "target_dim": str(config.target_dim),
         }
         metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
-        store = Store(config.path(OUTPUT), n, config.target_dim)
+        store = Store(config.path(OUTPUT), metadata, n, config.target_dim)
         if not config.overwrite and metadata.items() <= earlier.items():
             if earlier.get("catalogue") == sha256:
                 print0(f"{config.path(OUTPUT)} is complete already: nothing to do; --overwrite embeds again")
-                if RANK == 0:
-                    store.remove(metadata)  # a kill may have come before
+                shutil.rmtree(store.folder, ignore_errors=True)  # a kill may have come before
                 return
             config.reuse = True  # only other columns have changed
 
-        # of equal texts, only the first row is embedded: texts, first (M), inverse (N)
-        texts, first, inverse = np.unique(texts, return_index=True, return_inverse=True)
-        prefix = checked_prefix(model, tokens, config)
+        # of equal texts, only the first row is embedded: hashes, first (M), inverse (N)
+        hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
         plan = [None]  # broadcast_object_list fills it
         if RANK == 0:
-            store.open(metadata)
-            kept = reuse(config, store, recipe, texts, first) if config.reuse else np.zeros(len(texts), dtype=bool)
-            batches = batches_by_length(np.sort(first[~kept]), tokens.lengths, config.tokens_per_batch)
-            plan = [store.unfinished(batches)]
+            rows = first
+            if config.reuse:
+                other = [name for name in recipe if earlier.get(name) != recipe[name]]
+                rows = first[~reuse(config, store, other, hashes, first)]
+            batches = batches_by_length(np.sort(rows), tokens.lengths, config.tokens_per_batch)
+            # an unfinished batch is embedded whole, because other batches would round differently
+            left = [batch for batch in batches if not is_unit(store.read(batch)).all()]
+            size = sum(map(len, left))
+            print(f"{size:,} items to embed; {len(rows) - size:,} were finished by an earlier run")
+            plan = [left]
         if WORLD > 1:
             dist.broadcast_object_list(plan)  # from rank 0, which does not wait for the others
         embed_all(model, tokens, config, prefix, store, plan[0][RANK::WORLD])
@@ -685,7 +620,8 @@ def main(argv: list[str] | None = None) -> None:
             dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
         if RANK == 0:
             write(config, store, first[inverse], metadata | {"catalogue": sha256, "model_name": config.model_name})
-            store.remove(metadata)
+            # a run of all items ends what others may have left there; a trial leaves the vectors of a stopped run
+            shutil.rmtree(store.folder.parent if n == total else store.folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

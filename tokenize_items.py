@@ -31,8 +31,7 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
-FORMAT_VERSION = 2
-FINGERPRINT_ROWS = 4096  # rows per update of the fingerprint; embed_items.py must use the same
+FORMAT_VERSION = 3
 MAX_LENGTH = 2048  # of models that declare no length
 TEXTS_PER_CALL = 2048  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
@@ -126,10 +125,8 @@ def read_catalogue(path: Path) -> pl.DataFrame:
 def fingerprint(catalogue: pl.DataFrame) -> str:
     """SHA-256 over parent_asin and item_context in row order: 64 hex digits, the same in embed_items.py."""
     digest = hashlib.sha256()
-    for rows in catalogue.select("parent_asin", "item_context").iter_slices(FINGERPRINT_ROWS):
-        for text in rows:
-            digest.update(text.str.len_bytes().to_numpy().tobytes())  # tells ("ab", "c") from ("a", "bc")
-            digest.update(text.str.join().item().encode())
+    for rows in catalogue.select("parent_asin", "item_context").iter_slices():
+        digest.update(rows.write_ndjson().encode())  # a line for each row, however the rows are cut into slices
     return digest.hexdigest()
 
 

@@ -70,7 +70,7 @@ def wait_for_vectors(folder: Path, processes: int) -> None:
     """Returns when each process has finished some vectors."""
     limit = time.monotonic() + 60
     while time.monotonic() < limit:
-        paths = list((folder / PARTIAL).glob("vectors-*"))
+        paths = list((folder / PARTIAL).glob("*/vectors-*"))
         if len(paths) == processes and all(path.stat().st_blocks for path in paths):
             return
         time.sleep(0.002)
@@ -110,7 +110,7 @@ def test_a_job_that_was_killed_goes_on_with_another_number_of_processes(folder, 
     assert (folder / PARTIAL).exists()
     capsys.readouterr()
     embed_items.main(flags(folder))
-    assert int(re.search(r"([\d,]+) items were finished by an earlier run", capsys.readouterr().out)[1]) > 0
+    assert int(re.search(r"([\d,]+) were finished by an earlier run", capsys.readouterr().out)[1]) > 0
     assert files_of(folder) == wanted
 
 

@@ -109,15 +109,15 @@ def compare_writing() -> None:
         config = embed_items.EmbedConfig(data_dir=folder, target_dim=DIMENSIONS)
         names = list(map(str, range(VECTORS)))
         pl.DataFrame({"parent_asin": names, "item_context": names}).write_parquet(config.path(embed_items.CATALOGUE))
-        store = embed_items.Store(config.path(embed_items.OUTPUT), VECTORS, DIMENSIONS)
-        store.open({})
+        store = embed_items.Store(config.path(embed_items.OUTPUT), {}, VECTORS, DIMENSIONS)
+        metadata = {"catalogue": embed_items.file_digest(config.path(embed_items.CATALOGUE))}
         store.write(generator.permutation(VECTORS), vectors)
 
         def through_lists(dtype: pl.DataType | None) -> None:
             pl.Series("embedding", vectors.tolist(), dtype=dtype).to_frame().write_parquet(path)
 
         ways = {
-            "ours, from the finished vectors": lambda: embed_items.write(config, store, np.arange(VECTORS), {}),
+            "ours, from the finished vectors": lambda: embed_items.write(config, store, np.arange(VECTORS), metadata),
             "through lists": lambda: through_lists(None),
             "through lists, declared Float32": lambda: through_lists(pl.List(pl.Float32)),
         }
@@ -172,8 +172,7 @@ def main() -> None:
             tokens = embed_items.read_tokens(folder / "tokens.npz", None)
             start = time.perf_counter()
             prefix = embed_items.read_prefix(model, tokens, config)
-            store = embed_items.Store(folder / "vectors", len(texts), config.target_dim)
-            store.folder.mkdir()
+            store = embed_items.Store(folder / "vectors", {}, len(texts), config.target_dim)
             _, first, inverse = np.unique(texts.to_numpy(), return_index=True, return_inverse=True)
             batches = embed_items.batches_by_length(first, tokens.lengths, budget)
             embed_items.embed_all(model, tokens, config, prefix, store, batches)
