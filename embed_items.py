@@ -117,9 +117,8 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
 def parse_config(argv: list[str] | None) -> EmbedConfig:
     parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}")
+    with fail_on(ValueError, "command line", "unknown argument", "--help lists the flags"):
+        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
@@ -554,8 +553,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
-    for library in ("huggingface_hub", "transformers"):  # they print every retry, and every unused weight
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # the libraries print every retry without a network, and every unused weight
     device, reason = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

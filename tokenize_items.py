@@ -83,9 +83,8 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
 def parse_config(argv: list[str] | None) -> TokenizeConfig:
     parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        parser.error(f"unknown argument {unknown[0]!r}")
+    with fail_on(ValueError, "command line", "unknown argument", "--help lists the flags"):
+        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     for name, minimum in {"max_length": 2, "num_rows": 1}.items():
         if (value := getattr(config, name)) is not None and value < minimum:
             parser.error(f"--{name} {value}: must be at least {minimum}")
@@ -102,20 +101,17 @@ def read_catalogue(path: Path) -> pl.DataFrame:
         if path.is_dir():
             fail(path, "is a folder", f"read it with pl.read_parquet('{path}/*.parquet') and write one file")
         fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
-    unreadable = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
-    with fail_on(unreadable, path, "not a readable parquet file", "write it again"):
-        schema = pl.scan_parquet(path, glob=False).collect_schema()
-        for name in ("parent_asin", "item_context"):
-            if name not in schema:
-                fail(path, f"no column {name} among {', '.join(schema)}", "rename one or add it")
-            if schema[name] != pl.String:
-                fail(path, f"{name} is {schema[name]}, not text", f"pl.col({name!r}).cast(pl.String) makes it text")
+    way_out = "write it again, with the columns parent_asin and item_context"
+    with fail_on((pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError), path, "cannot be read", way_out):
         catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"], glob=False)
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
-    checks = {"duplicate parent_asin": ~catalogue["parent_asin"].is_first_distinct()}
-    for column in catalogue:
-        checks[f"null or blank {column.name}"] = column.is_null() | (column.str.strip_chars() == "")
+    checks = {}
+    for name, column in catalogue.to_dict().items():
+        if column.dtype != pl.String:
+            fail(path, f"{name} is {column.dtype}, not text", f"pl.col({name!r}).cast(pl.String) makes it text")
+        checks[f"null or blank {name}"] = column.is_null() | (column.str.strip_chars() == "")
+    checks["duplicate parent_asin"] = ~catalogue["parent_asin"].is_first_distinct()
     for trouble, wrong in checks.items():
         if wrong.any():
             fail(path, f"{wrong.sum()} {trouble}, the first in row {wrong.arg_max()}", "drop or fill those rows")
@@ -187,13 +183,10 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
 
 
 def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig) -> tuple[list, int]:
-    """Tokens of each item, N times (length,) int32, and the number of truncated items.
-
-    The tokenizer's own truncation keeps its closing special tokens.
-    """
+    """Tokens of each item, N times (length,) int32, and the number of truncated items."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)
+    backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)  # keeps closing special tokens
     tokens, truncated = [], 0
     for start in tqdm(range(0, len(texts), TEXTS_PER_CALL), unit=" batches", desc="tokenize"):
         batch = [config.prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
@@ -244,8 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     for name, value in asdict(config).items():
         print(f"{name}: {value}")
-    for library in ("huggingface_hub", "transformers"):  # they print a line for every retry without a network
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # without a network, the hub's client prints a line for every retry
     source = Path(config.data_dir, f"{config.category}_items_updated.parquet")
     target = Path(config.data_dir, f"{config.category}_tokenized.npz")
 

@@ -65,7 +65,6 @@ print0 = print if RANK == 0 else lambda *_, **__: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
-ERROR_SCALE = 0.5  # error, as a share of the variance, from which on the loss rises only by its logarithm
 ADAM_BETAS = (0.9, 0.95)  # 0.95 instead of 0.999, as runs on a CPU have only thousands of steps
 MAX_AUTOENCODER_STEPS = 1000
 KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
@@ -516,11 +515,6 @@ class EMAVectorQuantizer(VectorQuantizer):
 # ---------------------------------------------------------------- model
 
 
-def cauchy_loss(errors: Tensor) -> Tensor:
-    """Robust loss (alpha = 0 in Barron, arXiv:1701.03077) of the items' mean square errors (B): ()."""
-    return RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
-
-
 def mlp(sizes: list[int]) -> nn.Sequential:
     """Linear layers with a SiLU between each two."""
     layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
@@ -621,8 +615,7 @@ class RQVAE(nn.Module):
         if search_width:
             searched = self.search(latents, target, search_width) if search_width > 1 else None
             codes, latents, vq = self.quantize(latents, searched)
-        errors = F.mse_loss(self.decode(latents).float(), target, reduction="none").mean(1)  # (B)
-        reconstruction = cauchy_loss(errors)
+        reconstruction = RECONSTRUCTION_WEIGHT * F.mse_loss(self.decode(latents).float(), target)
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
@@ -1381,8 +1374,8 @@ def keeping_quality(model: RQVAE, x: Tensor, codes: np.ndarray, ids: np.ndarray,
     quality = {"kept": int(kept.sum()), "moved": int((~is_new & ~kept).sum())}
     quality |= {"new": int(is_new.sum()), "vanished": len(previous.vanished)}
     if (~kept).sum() >= RETRAIN_ITEMS and model.config.val_split > 0:
-        errors = torch.from_numpy(decoded_errors(model, x[~kept], codes[~kept]))
-        quality["loss_of_new_and_moved"] = cauchy_loss(errors).item()
+        errors = decoded_errors(model, x[~kept], codes[~kept])
+        quality["loss_of_new_and_moved"] = RECONSTRUCTION_WEIGHT * float(errors.mean())
         quality["held_out_loss"] = model.metrics["val/reconstruction_loss"]
     return quality
 

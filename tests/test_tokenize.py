@@ -308,11 +308,11 @@ def set_values(column: str, rows: dict[int, object]):
 BAD_CATALOGUES = {
     "no item_context": (
         lambda c: c.drop("item_context"),
-        ["no column item_context among title, parent_asin, price", "rename"],
+        ['find column "item_context"; valid', '["title", "parent_asin", "price"]', "write it again"],
     ),
     "no parent_asin": (
         lambda c: c.rename({"parent_asin": "asin"}),
-        ["no column parent_asin among title, asin, item_context, price"],
+        ['find column "parent_asin"; valid', '["title", "asin", "item_context", "price"]'],
     ),
     "null text": (
         set_values("item_context", {7: None, 40: None}),
@@ -356,7 +356,7 @@ def test_a_corrupt_catalogue_is_refused(data_dir, tiny_encoder, refused, part):
         path.write_bytes(whole[: int(len(whole) * part) if isinstance(part, float) else part])
     (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
     line = refused(main, flags(data_dir, tiny_encoder), data_dir)
-    assert f"{path}: not a readable parquet file" in line
+    assert f"{path}: cannot be read" in line
     assert "write it again" in line
 
 
