@@ -1,6 +1,6 @@
 """Train an RQ-VAE on item embeddings and give every item its semantic ID. CUDA, MPS or CPU.
 
-Reads   data/output/{category}_items_with_embeddings.parquet   parent_asin, embedding
+Reads   data/output/{category}_items_with_embeddings.parquet   parent_asin, embedding; of embed_items.py or your own
 Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
         data/output/{category}_semantic_ids.parquet            one distinct ID an item
         data/output/{category}_quality.json                    the figures of the closing report
@@ -13,10 +13,7 @@ Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
         --keep_ids data/output/Video_Games_semantic_ids.parquet     # the same, and known items keep their IDs
     torchrun --nproc_per_node=8 train_rqvae.py --category Video_Games               # on eight GPUs
 
-Run embed_items.py first. Any parquet file with parent_asin and embedding will do.
-
-Paper: Rajput et al., Recommender Systems with Generative Retrieval (TIGER), arXiv:2305.05065, section 3.1.
-The residual quantizer is Lee et al., arXiv:2203.01941.
+Papers: TIGER (Rajput et al., arXiv:2305.05065, section 3.1); residual quantizer (Lee et al., arXiv:2203.01941).
 Shapes: N items, B batch, D embedding dimensions, E latent (codebook) dimensions, L levels, K codes of a level.
 """
 
@@ -33,7 +30,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, NoReturn
@@ -51,8 +48,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
-from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 if os.name == "posix":  # on Windows, two runs are not kept apart
     import fcntl
@@ -65,6 +61,7 @@ print0 = print if RANK == 0 else lambda *_, **__: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
+ERROR_SCALE = 0.5  # share of the variance; larger errors count by their logarithm
 ADAM_BETAS = (0.9, 0.95)  # 0.95 instead of 0.999, as runs on a CPU have only thousands of steps
 MAX_AUTOENCODER_STEPS = 1000
 KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
@@ -73,16 +70,16 @@ SEARCH_FROM = 0.5  # share of the steps; before it the nearest codes are good en
 TRAINING_SEARCH_WIDTH = 4  # candidate IDs decoded per item, in training and validation
 SEARCH_WIDTH = 32  # the same in the export
 TIE_TOLERANCE = 0.03  # validation losses this close are a tie, and the later checkpoint wins it
-ROUNDING = 1e-10  # variance / mean square; below it all rows are equal
+ROUNDING = 1e-10  # variance / mean square below which rows count as equal
 
-# rows in memory at once; on a CPU few enough for the activations to stay in cache
-ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # training
-DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions outside training
-ROWS_READ = 2**13  # of the parquet file
+# on a CPU few enough for the activations to stay in cache
+ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # rows of a forward and backward pass
+DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions of a pass outside training
+ROWS_READ = 2**13  # rows of the parquet file in memory at once
 
 # keeping IDs and report
 KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many times smaller
-MIN_ERROR = 1e-3  # share of the variance; smaller errors are compared as this one
+MIN_ERROR = 1e-3  # share of the variance; smaller errors count as this
 RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of held-out ones
 RETRAIN_ITEMS = 30  # fewer new items prove nothing
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
@@ -93,14 +90,14 @@ BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
 MANY = 10**12
-BOUNDS = {  # least and most of the numeric flags; 1 and MANY of all others
+BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named here
     "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
     "codebook_embedding_dim": (1, 2**14), "codebook_quantization_levels": (1, 64), "codebook_size": (2, 2**16),
     "commitment_weight": (0, MANY), "max_lr": (1e-12, MANY), "min_lr": (0, MANY), "warmup_steps": (0, MANY),
     "gradient_clip_norm": (0, MANY), "input_noise": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
     "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
-SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not in checkpoints: a resumed run writes equal bytes
+SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not saved, so that a resumed run writes equal bytes
 FREE_FIELDS = {  # may change with --resume
     "data_dir", "checkpoint_dir", "num_rows", "device", "dtype", "num_epochs", "max_steps", "steps_per_train_log",
     "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
@@ -164,48 +161,39 @@ class RQVAEConfig:
     resume: bool = HfArg(default=False, help="Go on from the newest sound checkpoint in checkpoint_dir.")
     overwrite: bool = HfArg(default=False, help="Train again, and replace any result that is there.")
     export_only: bool = HfArg(default=False, help="Write the IDs from best_model.pth without training.")
-    keep_ids: str | None = HfArg(
-        default=None, help="With --export_only: an earlier export of the same model; its items keep IDs that fit."
-    )
+    keep_ids: str | None = HfArg(default=None, help="With --export_only: an earlier export; its items keep their IDs.")
     collisions: Literal["assign", "suffix", "keep"] = HfArg(
         default="assign", help="Items with equal codes: assign other last codes, add one more code, or keep them equal."
     )
 
     def __post_init__(self):
-        sizes = [self.codebook_size] if isinstance(self.codebook_size, int) else list(self.codebook_size)
-        if self.codebook_quantization_levels is None:
-            self.codebook_quantization_levels = 3 if len(sizes) == 1 else len(sizes)
         for name, value in vars(self).items():
             least, most = BOUNDS.get(name, (1, MANY))
             for number in value if isinstance(value, list) else [value]:
                 if type(number) in (int, float) and not least <= number <= most:
                     raise ValueError(f"--{name} {number}: must be at least {least:,} and at most {most:,}")
-        self.codebook_size = sizes * self.codebook_quantization_levels if len(sizes) == 1 else sizes
-        if len(self.codebook_size) != self.codebook_quantization_levels:
-            levels = f"{self.codebook_quantization_levels} levels"
-            raise ValueError(f"--codebook_size {self.codebook_size}: not one size for each of {levels}")
-        if self.max_steps == 0:
-            raise ValueError("--max_steps 0: must be -1 or at least 1")
+        sizes = self.codebook_size if isinstance(self.codebook_size, list) else [self.codebook_size]
+        levels = self.codebook_quantization_levels or (3 if len(sizes) == 1 else len(sizes))
+        if len(sizes) not in (1, levels):
+            raise ValueError(f"--codebook_size {sizes}: not one size for each of {levels} levels")
+        self.codebook_size = sizes * levels if len(sizes) == 1 else sizes
+        self.codebook_quantization_levels = levels
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
-        if self.keep_ids and not self.export_only:
-            raise ValueError("--keep_ids: needs --export_only, as the codes of a new model mean other things")
-        if self.keep_ids and (self.num_rows or self.collisions == "keep"):
-            raise ValueError("--keep_ids: needs the whole catalogue and distinct IDs: no --num_rows, no keep")
+        if self.keep_ids and (not self.export_only or self.num_rows or self.collisions == "keep"):
+            raise ValueError("--keep_ids: needs --export_only, all rows, and distinct IDs")
         for name in ("data_dir", "checkpoint_dir", "keep_ids"):
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
-        data, checkpoints = Path(self.data_dir), Path(self.checkpoint_dir)
-        self.source = data / f"{self.category}_items_with_embeddings.parquet"
-        self.ids_path = data / f"{self.category}_semantic_ids.parquet"
-        self.quality_path = data / f"{self.category}_quality.json"
-        self.checkpoints = checkpoints
-        self.best_path, self.final_path = checkpoints / "best_model.pth", checkpoints / "final_model.pth"
+        self.source = Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
+        self.ids_path = Path(self.data_dir, f"{self.category}_semantic_ids.parquet")
+        self.quality_path = Path(self.data_dir, f"{self.category}_quality.json")
+        self.checkpoints = Path(self.checkpoint_dir)
+        self.best_path, self.final_path = self.checkpoints / "best_model.pth", self.checkpoints / "final_model.pth"
 
 
 def fail(subject: str | Path, trouble: str, way_out: str) -> NoReturn:
     """End the run over wrong use or wrong input: one line on standard error, exit status 2."""
-    line = " ".join(f"error: {subject}: {trouble}; {way_out}".split())
-    tqdm.write(line, file=sys.stderr)  # on a line of its own, even below a progress bar
+    tqdm.write(" ".join(f"error: {subject}: {trouble}; {way_out}".split()), file=sys.stderr)  # below a progress bar
     raise SystemExit(2)
 
 
@@ -235,10 +223,8 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
 
 
 def check_file(path: Path, way_out: str) -> None:
-    if path.is_dir():
-        fail(path, "is a folder", f"read it with pl.read_parquet('{path}/*.parquet') and write one file")
     if not path.is_file():
-        fail(path, "not found", way_out)
+        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -246,8 +232,8 @@ def check_file(path: Path, way_out: str) -> None:
 
 def start_processes(config: RQVAEConfig) -> tuple[torch.device, str]:
     """The device of this process and the reason for it; under torchrun, also joins the other processes."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available["mps"] &= WORLD == 1  # processes cannot communicate there
+    has_mps = torch.backends.mps.is_available() and WORLD == 1  # processes cannot communicate there
+    available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
     name, reason = config.device, "asked for"
     if name == "auto":
         name, reason = next(kind for kind, is_there in available.items() if is_there), "the best one here"
@@ -275,9 +261,8 @@ def average_gradients(model: nn.Module) -> None:
     """Mean gradients over the processes, in one message."""
     if WORLD > 1:
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        mean = all_sum(torch.cat([gradient.flatten() for gradient in gradients])) / WORLD
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        mean = all_sum(nn.utils.parameters_to_vector(gradients)) / WORLD
+        nn.utils.vector_to_parameters(mean, gradients)
 
 
 def gathered(rows: Tensor) -> Tensor:
@@ -349,9 +334,8 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
 class EmbeddingDataset:
     """The embeddings of a catalogue, in the order of the file.
 
-    embeddings (N, D) float32; parent_asin and labels (N) text, where a label is the title or the start of the text;
-    checksum covers names, vectors and their order in the whole file. Under torchrun, each process holds consecutive
-    rows. A file that breaks the contract ends the run with one line.
+    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; checksum of names, vectors
+    and order in the whole file. Under torchrun, each process holds consecutive rows.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
@@ -360,11 +344,9 @@ class EmbeddingDataset:
             schema = file.collect_schema()
             if missing := [name for name in ("parent_asin", "embedding") if name not in schema]:
                 fail(path, f"no column {missing[0]} among {', '.join(schema)}", "run embed_items.py again")
-            kind = schema["embedding"]
-            if kind.base_type() not in (pl.List, pl.Array) or not kind.inner.is_float():
-                fail(path, f"embedding is {kind}, not a list of floats", "cast it to List(Float32)")
-            if schema["parent_asin"] != pl.String:
-                fail(path, f"parent_asin is {schema['parent_asin']}, not text", "cast it to String")
+            name, kind = schema["parent_asin"], schema["embedding"]
+            if name != pl.String or kind.base_type() not in (pl.List, pl.Array) or not kind.inner.is_float():
+                fail(path, f"parent_asin is {name}, embedding is {kind}", "cast them to String and List(Float32)")
             names = file.select("parent_asin").collect()["parent_asin"]
             n = len(names)
             if n < world:
@@ -394,7 +376,7 @@ class EmbeddingDataset:
             fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", "run embed_items.py again")
         items = zip(range(first, end), self.parent_asin, vectors, strict=True)
         contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
-        # a sum of CRCs would miss the exchange of some vectors
+        # not CRCs: they are linear, and a sum of them can survive two vectors changing places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
         self.checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
@@ -461,11 +443,6 @@ class VectorQuantizer(nn.Module):
         codebook_loss, commitment_loss = F.mse_loss(vectors, x.detach()), F.mse_loss(x, vectors.detach())
         return Quantized(codes, vectors.detach(), codebook_loss + self.commitment_weight * commitment_loss)
 
-    @torch.no_grad()
-    def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
-        """Move codes: which (M) indices, vectors (M, E), items (M) a step, from which EMA counts start."""
-        self.codebook[which] = vectors
-
 
 class EMAVectorQuantizer(VectorQuantizer):
     """A codebook moved by exponential moving averages (arXiv:1711.00937, appendix A.1) instead of gradients.
@@ -478,13 +455,11 @@ class EMAVectorQuantizer(VectorQuantizer):
         self, codebook_size: int, codebook_embedding_dim: int, commitment_weight: float = 0.25, ema_decay: float = 0.99
     ):
         super().__init__(codebook_size, codebook_embedding_dim, commitment_weight)
-        self.ema_decay, codebook = ema_decay, self.codebook.detach()
-        del self.codebook  # a buffer instead of a parameter
-        self.register_buffer("codebook", codebook)
-        self.register_buffer("ema_counts", torch.ones(len(codebook)))  # (K) items a code
-        self.register_buffer("ema_sums", codebook.clone())  # (K, E)
-        sums = torch.zeros(len(codebook), 1 + codebook.shape[1])
-        self.register_buffer("step_sums", sums, persistent=False)  # (K, 1 + E) count and sum of this step's items
+        self.ema_decay = ema_decay
+        self.codebook.requires_grad_(False)
+        self.register_buffer("ema_counts", torch.ones(codebook_size))  # (K) items a code
+        # (K, 1 + E) count and sum of this step's items
+        self.register_buffer("step_sums", torch.zeros(codebook_size, 1 + codebook_embedding_dim), persistent=False)
 
     def forward(self, x: Tensor, codes: Tensor | None = None) -> Quantized:
         """Quantize x (B, E) in float32; a training step also adds x to the sums."""
@@ -495,24 +470,21 @@ class EMAVectorQuantizer(VectorQuantizer):
         return output
 
     @torch.no_grad()
-    def set_codes(self, which: Tensor, vectors: Tensor, items: Tensor) -> None:
-        super().set_codes(which, vectors, items)
-        self.ema_counts[which] = items
-        self.ema_sums[which] = vectors * items.unsqueeze(1)
-
-    @torch.no_grad()
     def end_step(self) -> None:
-        """Appendix A.1: N = decay N + (1 - decay) n, m = decay m + (1 - decay) sum, code = m / N."""
-        all_sum(self.step_sums)
-        self.ema_counts.lerp_(self.step_sums[:, 0], 1 - self.ema_decay)
-        self.ema_sums.lerp_(self.step_sums[:, 1:], 1 - self.ema_decay)
-        # an unused code stays in place: its sum and its count decay together, and below 1e-6 the old code is kept
-        counts = self.ema_counts.unsqueeze(1)  # (K, 1)
-        self.codebook.copy_(torch.where(counts > 1e-6, self.ema_sums / counts, self.codebook))
+        """Appendix A.1, where m = N code: N = decay N + (1 - decay) n, code = code + (1 - decay) (sum - n code) / N."""
+        n, sums = all_sum(self.step_sums).tensor_split([1], dim=1)  # (K, 1), (K, E)
+        self.ema_counts.lerp_(n.squeeze(1), 1 - self.ema_decay)
+        counts = self.ema_counts.unsqueeze(1).clamp_min(1e-12)  # an unused code stays in place
+        self.codebook += (1 - self.ema_decay) * (sums - n * self.codebook) / counts
         self.step_sums.zero_()
 
 
 # ---------------------------------------------------------------- model
+
+
+def robust_loss(errors: Tensor) -> Tensor:
+    """Cauchy loss (alpha = 0 in Barron, arXiv:1701.03077) of the mean square errors (B) of items: ()."""
+    return RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
 
 
 def mlp(sizes: list[int]) -> nn.Sequential:
@@ -542,14 +514,13 @@ class RQVAE(nn.Module):
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
         self.register_buffer("input_scale", torch.ones(()))
-        self.training_dtype = torch.float32  # of the MLPs' matrix products in training
+        self.training_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32  # of the MLPs' products
         self.encoder, self.decoder = mlp(sizes), mlp(sizes[::-1])
         self.estimator = rotate_to if config.use_rotation_trick else straight_through
-        ema = {"ema_decay": config.ema_decay} if config.use_ema_vq else {}
-        quantizer = EMAVectorQuantizer if config.use_ema_vq else VectorQuantizer
-        self.quantizers = nn.ModuleList(
-            quantizer(size, latent_dim, config.commitment_weight, **ema) for size in config.codebook_size
-        )
+        kind, weights = VectorQuantizer, [config.commitment_weight]
+        if config.use_ema_vq:
+            kind, weights = EMAVectorQuantizer, [config.commitment_weight, config.ema_decay]
+        self.quantizers = nn.ModuleList(kind(size, latent_dim, *weights) for size in config.codebook_size)
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         half = self.training and self.training_dtype != torch.float32
@@ -615,7 +586,8 @@ class RQVAE(nn.Module):
         if search_width:
             searched = self.search(latents, target, search_width) if search_width > 1 else None
             codes, latents, vq = self.quantize(latents, searched)
-        reconstruction = RECONSTRUCTION_WEIGHT * F.mse_loss(self.decode(latents).float(), target)
+        errors = F.mse_loss(self.decode(latents).float(), target, reduction="none").mean(1)  # (B)
+        reconstruction = robust_loss(errors)
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
@@ -624,10 +596,7 @@ class RQVAE(nn.Module):
 
     @torch.no_grad()
     def encode_to_semantic_ids(self, x: Tensor, search_width: int = SEARCH_WIDTH) -> Tensor:
-        """Codes of embeddings as stored: x (B, D) -> (B, L) int64. Similar items may get equal codes.
-
-        An item gets the one of `search_width` likely IDs that decodes nearest to it; 1 takes the nearest codes.
-        """
+        """Codes of embeddings as stored: x (B, D) -> (B, L) int64, by `search`. Similar items may get equal codes."""
         return encode_catalogue(self, x, search_width)[1]
 
     @torch.no_grad()
@@ -653,10 +622,7 @@ def fit_standardisation(model: RQVAE, embeddings: Tensor, rows: Tensor) -> None:
 
 @torch.no_grad()
 def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
-    """Centre latents (N, E) and give them unit variance without a change of the autoencoder's function.
-
-    The encoder's last layer takes the change, and the decoder's first layer its inverse.
-    """
+    """Centre latents (N, E) and give them unit variance; the decoder's first layer takes the inverse."""
     mean = latents.mean(0)
     scale = (latents - mean).std()
     if scale.square() <= ROUNDING * latents.square().mean():  # all items are equal up to rounding
@@ -676,9 +642,10 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int) -> None:
     for level, quantizer in enumerate(model.quantizers):
         size = len(quantizer.codebook)
         kmeans = KMeans(size, n_init=1, random_state=model.config.seed + level).fit(residuals.cpu().numpy())
-        centres = torch.from_numpy(kmeans.cluster_centers_).to(residuals)  # (K, E)
-        share = torch.from_numpy(np.bincount(kmeans.labels_, minlength=size) / len(residuals)).to(centres)  # (K)
-        quantizer.set_codes(torch.arange(size, device=residuals.device), centres, share * rows_per_step)
+        quantizer.codebook.copy_(torch.from_numpy(kmeans.cluster_centers_))
+        if model.config.use_ema_vq:
+            share = np.bincount(kmeans.labels_, minlength=size) / len(residuals)  # (K)
+            quantizer.ema_counts.copy_(torch.from_numpy(share * rows_per_step))
         residuals = residuals - quantizer(residuals).vectors
 
 
@@ -702,10 +669,13 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> None
     for quantizer, counts in zip(model.quantizers, usage, strict=True):
         unused = (counts[: len(quantizer.codebook)] == 0).nonzero().squeeze(1)  # (M)
         if len(unused):
+            # each row once before any twice
             rows = torch.randperm(len(residuals), device=x.device).repeat(1 + len(unused) // len(residuals))
-            quantizer.set_codes(unused, residuals[rows[: len(unused)]], torch.ones_like(unused, dtype=torch.float32))
+            quantizer.codebook[unused] = residuals[rows[: len(unused)]]
+            if model.config.use_ema_vq:
+                quantizer.ema_counts[unused] = 1
             for moments in adam.state.get(quantizer.codebook, {}).values():
-                if moments.shape == quantizer.codebook.shape:  # not Adam's step count
+                if moments.ndim == 2:  # not Adam's step count
                     moments[unused] = 0
         residuals = residuals - quantizer(residuals).vectors
     copy_from_rank_0(model)
@@ -757,10 +727,7 @@ def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, float]:
-    """Losses over the held-out rows and code statistics over the whole catalogue: embeddings (N, D), val_rows (V).
-
-    In float32, as the model will be used, but with the narrower search of training.
-    """
+    """Losses of val_rows (V), held out, and code statistics of all embeddings (N, D); searched as in training."""
     model.eval()
     terms = torch.zeros(3, device=embeddings.device)
     for rows in val_rows.split(chunk_rows(embeddings.device, TRAINING_SEARCH_WIDTH)):
@@ -780,23 +747,15 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The dict of a .pth file of this script, on the CPU; ValueError if it is missing or damaged."""
+    """The dict of a .pth file of this script, on the CPU, with an RQVAEConfig; ValueError if missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if missing := {"model_state_dict", "config", "step", "metrics", "data"} - set(checkpoint):
-            raise ValueError(f"it has no {min(missing)}")
+        return checkpoint | {"config": RQVAEConfig(**checkpoint["config"])}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
-    return checkpoint
-
-
-def trained_config(checkpoint: dict) -> RQVAEConfig:
-    """The configuration of a checkpoint; a flag that came later has its default."""
-    known = {field.name for field in fields(RQVAEConfig)}
-    return RQVAEConfig(**{name: value for name, value in checkpoint["config"].items() if name in known})
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
@@ -804,7 +763,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     way_out = "train again, or name another --checkpoint_dir"
     with fail_on(Exception, path, "missing, damaged or not a checkpoint", way_out):
         checkpoint = read_checkpoint(Path(path))
-        model = RQVAE(trained_config(checkpoint))
+        model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
     model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
     return model.to(device).eval()
@@ -818,10 +777,10 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
 
 def mismatch(checkpoint: dict, config: RQVAEConfig, checksum: int) -> str | None:
     """Why a checkpoint belongs to another run; None if it belongs to this one."""
-    trained = asdict(trained_config(checkpoint))  # a ValueError if it breaks the bounds of today
     for name, value in asdict(config).items():
-        if name not in FREE_FIELDS and trained[name] != value:
-            return f"trained with --{name} {trained[name]}, not {value}"
+        trained = getattr(checkpoint["config"], name)
+        if name not in FREE_FIELDS and trained != value:
+            return f"trained with --{name} {trained}, not {value}"
     return None if checkpoint["data"] == checksum else "trained on other embeddings than these"
 
 
@@ -835,18 +794,16 @@ def read_if_same_run(path: Path, config: RQVAEConfig, checksum: int) -> dict | N
 
 def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
-    way_out = "give the same flags as before, or --overwrite instead of --resume to train anew"
+    way_out = "give the same flags and no smaller --max_steps, or --overwrite instead of --resume"
     for step, path in numbered_checkpoints(config.checkpoints).items():
         try:
             checkpoint = read_checkpoint(path)
-            trouble = mismatch(checkpoint, config, checksum)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        if trouble:
+        trouble = f"trained for more than {total_steps} steps" if step > total_steps else None
+        if trouble := mismatch(checkpoint, config, checksum) or trouble:
             fail(path, trouble, way_out)
-        if step > total_steps:
-            fail(path, f"trained for more than {total_steps} steps", "raise --max_steps, or give --overwrite")
         print0(f"going on from {path}")
         return checkpoint
     with suppress(ValueError):
@@ -867,7 +824,6 @@ def step_seed(seed: int, step: int) -> int:
 class Plan(NamedTuple):
     """Sizes that follow from the configuration and the number of items. Rows are those of this process."""
 
-    items: int  # N, of all processes
     train_rows: Tensor  # (M)
     val_rows: Tensor  # (V)
     rows_per_step: int
@@ -885,14 +841,13 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     rows_per_step = max(1, min(rows_per_step, smallest - held_out))
     steps_per_epoch = (smallest - held_out) // rows_per_step
     total_steps = config.num_epochs * steps_per_epoch
-    if config.max_steps > 0:
+    if config.max_steps >= 0:
         total_steps = min(total_steps, config.max_steps)
-    default = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
-    autoencoder_steps = default if config.autoencoder_steps is None else config.autoencoder_steps
-    if not config.use_kmeans_init:
-        autoencoder_steps = 0
+    autoencoder_steps = config.autoencoder_steps if config.use_kmeans_init else 0
+    if autoencoder_steps is None:
+        autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
-    return Plan(n, train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
+    return Plan(train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
 
 def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
@@ -911,8 +866,8 @@ def make_optimizers(model: RQVAE, max_lr: float) -> list[Optimizer]:
 
 
 def learning_rate(step: int, total_steps: int, config: RQVAEConfig) -> float:
-    """Of optimizer step `step`, from 0: a linear rise over warmup_steps, then a cosine from max_lr to min_lr."""
-    warmup = config.warmup_steps if config.scheduler_type == "cosine_with_warmup" else 0
+    """After `step` steps: a linear rise over warmup_steps, at most half of all, then a cosine from max_lr to min_lr."""
+    warmup = min(config.warmup_steps, total_steps // 2) if config.scheduler_type == "cosine_with_warmup" else 0
     if step < warmup:
         return config.max_lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
@@ -923,26 +878,18 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
     """Standardised training inputs and targets (B, D) of embeddings x (B, D) as stored.
 
     Against overfitting of a small catalogue: pairs are mixed with weights from Beta(mixing, mixing), as in mixup
-    (arXiv:1710.09412), and stretched to their former variance. Then +noise or -noise is added to each number of the
-    inputs, not of the targets, as in a denoising autoencoder.
+    (arXiv:1710.09412), and stretched to their former variance. The inputs, not the targets, get normal noise, as in a
+    denoising autoencoder.
     """
     stretch = 1 / model.input_scale
-    drawn_on = "cpu" if x.device.type == "mps" else x.device  # MPS has no Beta, and perhaps not every int32
     if mixing and len(x) > 1:
-        alpha = torch.full((), mixing, device=drawn_on)
+        alpha = torch.full((), mixing, device="cpu" if x.device.type == "mps" else x.device)  # MPS has no Beta
         beta = torch.distributions.Beta(alpha, alpha, validate_args=False)  # validation would wait for the GPU
         share = beta.sample((len(x), 1)).to(x)  # (B, 1)
         x = torch.lerp(x.roll(1, dims=0), x, share)
         stretch = stretch / (share.square() + (1 - share).square()).sqrt()
     target = (x - model.input_mean).mul_(stretch)
-    if not noise:
-        return target, target
-    # each bit of a random int32 becomes the sign bit of a float: a fifth of the time of normal deviates on a CPU, and
-    # a layer that sums hundreds of inputs sees no difference
-    shape, bits = (len(x), math.ceil(x.shape[1] / 32)), torch.arange(32, dtype=torch.int32, device=x.device)
-    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=drawn_on).to(x.device)
-    signs = torch.bitwise_left_shift(words.unsqueeze(2), bits).flatten(1).view(torch.float32)[:, : x.shape[1]]
-    return target + torch.full((), noise, device=x.device).copysign(signs), target
+    return torch.normal(target, noise) if noise else target, target
 
 
 def train_step(
@@ -1025,7 +972,6 @@ class TrainingState:
             "val_loss": self.metrics.get("val/total_loss", math.inf),
             "metrics": self.metrics,
             "data": self.checksum,
-            "items": self.plan.items,
         }
         file = io.BytesIO()
         torch.save(checkpoint | for_resume, file)
@@ -1051,48 +997,37 @@ class TrainingState:
         if self.run:
             self.run.log(metrics, step=self.step)
 
-    def log_step(self, terms: Tensor, norm: float, rate: float) -> None:
-        norms = {"train/gradient_norm": norm}
-        norms["train/clipped_gradient_norm"] = min(norm, self.config.gradient_clip_norm or math.inf)
-        self.log(checked_losses("train", terms) | norms | {"train/learning_rate": rate})
-
-    def validate(self, embeddings: Tensor) -> str:
-        """Validate, save the best model, and describe the result in a line."""
+    def validate(self, embeddings: Tensor) -> None:
+        """Validate, save the best model, and print a line."""
         self.log(validate(self.model, embeddings, self.plan.val_rows))
         loss = self.metrics["val/total_loss"]
         is_best = loss <= self.lowest_val_loss * (1 + TIE_TOLERANCE)
         self.lowest_val_loss = min(self.lowest_val_loss, loss)
         if is_best:
-            if RANK == 0:
-                self.config.final_path.unlink(missing_ok=True)  # of a finished run, whose best model this replaces
             self.save(self.config.best_path)
         usage = "/".join(f"{value:.0%}" for name, value in self.metrics.items() if name.startswith("catalogue/usage"))
-        line = (
-            "step {step}: train loss {train/total_loss:.4g}, val loss {val/total_loss:.4g} = "
-            "{val/reconstruction_loss:.4g} + {val/vq_loss:.4g}, codes used {usage}, distinct {catalogue/distinct:.1%}"
-        )
-        return line.format_map(self.metrics | {"step": self.step, "usage": usage}) + (", best" if is_best else "")
+        line = "train loss {train/total_loss:.4g}, val loss {val/total_loss:.4g}, distinct {catalogue/distinct:.1%}"
+        if RANK == 0:
+            tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}" + ", best" * is_best)
 
 
 def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, resumed: dict | None, run) -> bool:
-    """Train and write the checkpoints; False if a signal stopped it before the last step.
-
-    embeddings (N, D) of this process lie on the device, `checksum` covers all, `resumed` the checkpoint to go
-    on from, `run` that of W&B or None.
-    """
+    """Train on embeddings (N, D) on the device, and write the checkpoints; False if a signal stopped it."""
     torch.manual_seed(config.seed)
     model, device = RQVAE(config).to(embeddings.device), embeddings.device
-    model.training_dtype = getattr(torch, config.dtype)
     state, total, size = TrainingState(model, plan, checksum, run), plan.total_steps, plan.rows_per_step
     if resumed:
         state.restore(resumed)
     else:
         fit_standardisation(model, embeddings, plan.train_rows)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     print0(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, MLPs trained in {config.dtype}")
     print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
     print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
+    if RANK == 0:
+        for path in () if resumed else numbered_checkpoints(config.checkpoints).values():
+            path.unlink()  # of an earlier run; --resume must not go on from them
+        config.final_path.unlink(missing_ok=True)  # it stands for a finished run
     model.train()
     order, stopping = None, False
     bar = tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0)
@@ -1107,7 +1042,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
                     optimizer.state.clear()  # moments of another loss, and of the weights before the rescaling
 
             epoch, place = divmod(step - 1, plan.steps_per_epoch)
-            if place == 0 or order is None:  # each epoch has an order of its own
+            if place == 0 or order is None:  # an epoch begins, or a resumed run in the middle of one
                 generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))
                 order = plan.train_rows[torch.randperm(len(plan.train_rows), generator=generator, device=device)]
             rows = order[place * size : (place + 1) * size]
@@ -1132,12 +1067,12 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
             saving = stopping or step == total or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
-                state.log_step(terms, norm.item(), rate)
+                figures = {"train/gradient_norm": norm.item(), "train/learning_rate": rate}
+                figures["train/clipped_gradient_norm"] = min(norm.item(), config.gradient_clip_norm or math.inf)
+                state.log(checked_losses("train", terms) | figures)
                 bar.set_postfix_str(f"loss {state.metrics['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating:
-                line = state.validate(embeddings)
-                if RANK == 0:
-                    bar.write(line)
+                state.validate(embeddings)
             if saving:
                 state.save_numbered()
             bar.update()
@@ -1188,15 +1123,12 @@ def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: l
     codes (N, L), occupied (T, L) IDs already given, sizes (L) of the codebooks -> for each group its rows (n), and the
     number of free IDs below each next code (K).
     """
-    n, size, all_ids = len(codes), sizes[level], np.concatenate([codes, occupied])
+    n, all_ids = len(codes), np.concatenate([codes, occupied])
     capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
-    parents, children = prefix_keys(all_ids, level), prefix_keys(all_ids, level + 1)  # (N + T)
-    is_crowded = np.bincount(children)[children] > capacity
-    rows = np.flatnonzero(np.isin(parents[:n], parents[is_crowded]))
-    occupied_children = np.sort(parents[n:] * size + occupied[:, level])
-    for group in group_rows(parents[rows]):
-        bounds = parents[rows[group[0]]] * size + np.arange(size + 1)
-        yield rows[group], capacity - np.diff(np.searchsorted(occupied_children, bounds))
+    for group in group_rows(prefix_keys(all_ids, level)):
+        if np.bincount(all_ids[group, level]).max() > capacity:
+            taken = all_ids[group[group >= n], level]
+            yield group[group < n], capacity - np.bincount(taken, minlength=sizes[level])
 
 
 def assign_distinct(
@@ -1230,10 +1162,7 @@ def assign_distinct(
 
 
 def add_suffix(codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """TIGER's suffix (section 3.1): codes (N, L) and a running number among items of equal codes: (N, L + 1).
-
-    It goes on from the largest number in occupied (T, L + 1).
-    """
+    """TIGER's suffix (section 3.1): codes (N, L) and a number among equals, above those of occupied (T, L + 1)."""
     n, levels = codes.shape
     keys = prefix_keys(np.concatenate([codes, occupied[:, :levels]]), levels)
     start = np.zeros(keys.max(initial=0) + 1, dtype=np.int64)  # the first free number of each key
@@ -1254,10 +1183,7 @@ def last_code_errors(model: RQVAE, x: Tensor, prefix: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def decoded_errors(model: RQVAE, x: Tensor, codes: np.ndarray) -> np.ndarray:
-    """Mean square errors of embeddings x (M, D) as stored, decoded from codes (M, L), perhaps with a suffix: (M).
-
-    Their mean is the unexplained variance, as a share of that of the training items.
-    """
+    """Mean square errors of embeddings x (M, D) as stored, decoded from codes (M, L), perhaps with a suffix: (M)."""
     device, ids = model.input_mean.device, torch.from_numpy(codes)
     size, errors = chunk_rows(device, 1), []
     for part, some in zip(x.split(size), ids.split(size), strict=True):
@@ -1295,26 +1221,23 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, prove
     path, way_out = Path(config.keep_ids), "name another export, or leave --keep_ids out for new IDs"
     width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
     columns = [f"semantic_id_{level}" for level in range(width)]
-    with fail_on((*UNREADABLE, ValueError, TypeError), path, "damaged, or not an export with distinct IDs", way_out):
+    trouble = "damaged, saved again by another program, or not an export with distinct IDs"
+    with fail_on((*UNREADABLE, LookupError, ValueError, TypeError), path, trouble, way_out):
         metadata = pl.read_parquet_metadata(path)
-        if "retired" not in metadata:
-            fail(path, "lacks the metadata of an export, perhaps since another program saved it again", way_out)
         if metadata["model"] != provenance["model"]:
             fail(path, "made with another model, so that its IDs mean other things", way_out)
         if metadata["collisions"] != config.collisions:
             fail(path, f"made with --collisions {metadata['collisions']}", "give the same, or name another export")
-        table = pl.read_parquet(path, columns=["parent_asin", *columns], glob=False)
-        ids = table.select(pl.col(columns).cast(pl.Int64)).to_numpy()
+        table = pl.read_parquet(path, glob=False).select("parent_asin", pl.col(columns).cast(pl.Int64))
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
-        every = np.concatenate([ids, retired])
+        every = np.concatenate([table.select(columns).to_numpy(), retired])
         in_range = every.min() >= 0 and (every[:, :levels] < sizes).all()
         if not in_range or len(np.unique(every, axis=0)) < len(every) or table["parent_asin"].is_duplicated().any():
             raise ValueError("an item or an ID occurs twice, or an ID is out of range")
-    rows = table.select("parent_asin").with_row_index("row")
-    row = names.to_frame("parent_asin").join(rows, on="parent_asin", how="left", maintain_order="left")["row"]
-    ids_now = np.where(row.is_not_null().to_numpy()[:, None], ids[row.fill_null(0).to_numpy()], -1)
-    vanished = ids[~table["parent_asin"].is_in(names.implode()).to_numpy()]
-    return PreviousIDs(ids_now, vanished, retired)
+    now = names.to_frame("parent_asin")
+    ids = now.join(table, on="parent_asin", how="left", maintain_order="left").select(pl.col(columns).fill_null(-1))
+    vanished = table.join(now, on="parent_asin", how="anti", maintain_order="left").select(columns)
+    return PreviousIDs(ids.to_numpy(), vanished.to_numpy(), retired)
 
 
 def best_free_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
@@ -1344,22 +1267,19 @@ def keep_or_assign(
     ids, levels = previous.ids.copy(), codes.shape[1]
     is_new, retired = ids[:, 0] < 0, np.concatenate([previous.retired, previous.vanished])
     occupied = np.concatenate([ids[~is_new], retired])
-    has_suffix = config.collisions == "suffix"  # then any codes are free
+    has_suffix = config.collisions == "suffix"  # which makes any codes distinct
     free = math.inf if has_suffix else math.prod(model.config.codebook_size) - len(occupied)
     if free < is_new.sum():
         trouble = f"{is_new.sum():,} new items, and only {free:,} IDs are left beside those kept and retired"
         fail(config.keep_ids, trouble, "train again with more codes or levels")
     rows = np.flatnonzero(~is_new & (ids[:, :levels] != codes).any(1))
     old_errors = decoded_errors(model, x[rows], ids[rows])
-    if has_suffix:
-        best_errors = decoded_errors(model, x[rows], codes[rows])
-    else:
-        best_errors = best_free_errors(model, x[rows], codes[rows], occupied)
-    may_move = is_clearly_better(best_errors, old_errors)
-    rows, old_errors = rows[may_move], old_errors[may_move]
-    if is_new.sum() + len(rows) <= free:  # else no item moves: the free IDs are for the new ones
+    if not has_suffix:
+        may_move = is_clearly_better(best_free_errors(model, x[rows], codes[rows], occupied), old_errors)
+        rows, old_errors = rows[may_move], old_errors[may_move]
+    if is_new.sum() + len(rows) <= free:  # too few free IDs are for the new items, and none moves
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
-        # the best ID of some went to another item: these stay
+        # some are offered a worse ID, as another item got their best one: these stay
         moves = is_clearly_better(decoded_errors(model, x[rows], offered), old_errors)
         retired = np.concatenate([retired, ids[rows[moves]]])
         occupied = np.concatenate([occupied, offered[moves]])
@@ -1375,7 +1295,7 @@ def keeping_quality(model: RQVAE, x: Tensor, codes: np.ndarray, ids: np.ndarray,
     quality |= {"new": int(is_new.sum()), "vanished": len(previous.vanished)}
     if (~kept).sum() >= RETRAIN_ITEMS and model.config.val_split > 0:
         errors = decoded_errors(model, x[~kept], codes[~kept])
-        quality["loss_of_new_and_moved"] = RECONSTRUCTION_WEIGHT * float(errors.mean())
+        quality["loss_of_new_and_moved"] = robust_loss(torch.from_numpy(errors)).item()
         quality["held_out_loss"] = model.metrics["val/reconstruction_loss"]
     return quality
 
@@ -1392,14 +1312,12 @@ def unexplained_variance(x: Tensor, decoded: Tensor) -> float | None:
 
 
 @torch.inference_mode()
-def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float | None:
+def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float:
     """Share of the NEIGHBOURS nearest reconstructions, by cosine, that belong to true neighbours.
 
-    A tie with the last true neighbour is a hit. x, decoded (N, D), queries (Q) rows of x; None for one item.
+    A tie with the last true neighbour is a hit. x, decoded (N, D), queries (Q) rows of x.
     """
-    neighbours = min(NEIGHBOURS, len(x) - 1)
-    if neighbours == 0:
-        return None
+    neighbours = min(NEIGHBOURS, max(1, len(x) - 1))  # 1 of a single item
     lengths, decoded_lengths = (catalogue.norm(dim=1).clamp_min(1e-12) for catalogue in (x, decoded))  # (N)
     hits = []
     for rows in queries.split(128):
@@ -1430,10 +1348,7 @@ def coherence(x: Tensor, codes: np.ndarray, level: int) -> float | None:
 
 
 def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, written: np.ndarray) -> dict:
-    """Figures of the IDs, ready for JSON: codes (N, L) as encoded, and as written, perhaps with a suffix.
-
-    Counts are of the whole catalogue; figures that need embeddings are of a sample of at most QUALITY_ROWS items.
-    """
+    """Figures of the IDs, ready for JSON: codes (N, L) as encoded, and as written, perhaps with a suffix."""
     (n, levels), device, sizes = encoded.shape, model.input_mean.device, model.config.codebook_size
     generator = torch.Generator().manual_seed(model.config.seed)
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
@@ -1499,9 +1414,8 @@ def print_report(quality: dict, tree: str) -> None:
     rows = []
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
-        bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
-        figures = {name: value for name, value in level.items() if name != "items_per_code"}
-        rows.append({"level": i} | figures | bars)
+        bars = f"{max(counts)} {bar_chart(counts)} {min(counts)}"
+        rows.append({"level": i} | level | {"items_per_code": bars})
     print_table(rows)
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
@@ -1637,28 +1551,22 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         asked, default = getattr(config, name), getattr(defaults, name)
         if name == "codebook_size" and len(set(asked)) == 1:  # one number stands for every level
             asked, default = asked[:1] * len(own), default[:1] * len(own)
-        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
+        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):  # a default counts as not given
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
 def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
-    """End the run if it would replace a model of another catalogue, a stopped run or, as a trial, one of more items."""
+    """End the run if it would replace a model of another catalogue, a stopped run or, as a trial, IDs of more items."""
     if config.overwrite:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
-    newest = list(numbered_checkpoints(config.checkpoints).values())[:1]
-    saved = {}  # step and data of each checkpoint; a finished run has a numbered one like its final_model.pth
-    for path in [config.best_path, config.final_path, *newest] if from_start else ():
-        with suppress(ValueError):
-            old = read_checkpoint(path)
-            saved[path] = old["step"], old["data"]
-            source = trained_config(old).source
-            if source.resolve() != config.source.resolve():
-                fail(path, f"trained on {source}, not on {config.source}", way_out)
-            if config.num_rows and old.get("items", 0) > n:
-                fail(path, f"trained on {old['items']:,} items, and this trial has {n:,}", way_out)
-    if from_start and newest and saved.get(newest[0]) != saved.get(config.final_path):
-        fail(newest[0], "saved by a run that was stopped", "--resume goes on with its flags, --overwrite starts over")
+    if from_start and numbered_checkpoints(config.checkpoints) and not config.final_path.exists():
+        trouble = "has checkpoints of a run that was stopped"
+        fail(config.checkpoints, trouble, "--resume goes on with its flags, --overwrite starts over")
+    with suppress(ValueError):
+        source = read_checkpoint(config.best_path)["config"].source
+        if from_start and source.resolve() != config.source.resolve():
+            fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
@@ -1685,7 +1593,7 @@ def main(argv: list[str] | None = None) -> int:
         print0(f"{name}: {value}")
     print0(f"device {device} ({reason})")
     paths = [config.ids_path] if config.export_only else [config.ids_path, config.best_path]
-    _locks = [lock(path) for path in paths if RANK == 0]  # held to the end of this function
+    _locks = [lock(path) for path in paths if RANK == 0]  # open files, which hold them to the end of this function
 
     # data
     dataset = EmbeddingDataset(config.source, config.num_rows, RANK, WORLD)  # the rows of this process
@@ -1711,25 +1619,22 @@ def main(argv: list[str] | None = None) -> int:
         config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        final = None if config.overwrite else read_if_same_run(config.final_path, config, checksum)
-        is_finished = final and final["step"] == plan.total_steps
-        is_trained = is_finished and read_if_same_run(config.best_path, config, checksum)
-        if is_trained and is_exported(config, dataset):
-            print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
-            return 0
+        final, best = (read_if_same_run(path, config, checksum) for path in (config.final_path, config.best_path))
+        is_trained = bool(final and best and final["step"] == plan.total_steps and not config.overwrite)
+        is_complete = is_trained and is_exported(config, dataset)
         resumed = find_resumed(config, checksum, plan.total_steps) if config.resume and not is_trained else None
-        start = resumed["step"] if resumed else 0
-        if all_sum(torch.tensor(start)).item() != start * WORLD:  # some found another checkpoint
-            fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
-        from_start = not (is_trained or resumed)
-        check_replaced(config, n, from_start)
+        check_replaced(config, n, from_start=not (is_trained or resumed))
+        found = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
+        if not all_sum(found.clone()).equal(found * WORLD):  # other machines see another folder
+            fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
+        if is_complete:
+            print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
+            return 0
         if not is_trained:
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
-            for path in numbered_checkpoints(config.checkpoints).values() if RANK == 0 and from_start else ():
-                path.unlink()  # of an earlier run; --resume must not go on from them
             if not train(config, dataset.embeddings.to(device), plan, checksum, resumed, run):
                 print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
                 return 130
@@ -1738,13 +1643,11 @@ def main(argv: list[str] | None = None) -> int:
     if RANK > 0:
         return 0
     if WORLD > 1:
-        dataset = EmbeddingDataset(config.source, config.num_rows)
-        if dataset.checksum != checksum:
-            fail(config.source, "replaced during the training", "put it back and run the same command again")
+        dataset = EmbeddingDataset(config.source, config.num_rows)  # all rows
     if not config.export_only:
         model = load_model(config.best_path)
-        if (best := model.metrics["step"]) < plan.total_steps / 2:
-            trouble = f"the best model is of step {best:,} of {plan.total_steps:,}, the later ones overfit"
+        if (step := model.metrics["step"]) < plan.total_steps / 2:
+            trouble = f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit"
             warn(f"{trouble}; README has flags by the size of the catalogue")
     quality = export(model.to(device), dataset, config)
     if model.config.collisions != config.collisions:

@@ -365,7 +365,7 @@ def test_codebooks_of_two_sizes_go_the_whole_way(tmp_path, recorder, capsys, ref
     assert ids_of(folder)["semantic_id"].is_unique().all()
 
     before.write_parquet(folder / "saved.parquet")  # without its metadata
-    assert "lacks the metadata" in refused(folder, "--export_only", keep_ids="saved.parquet", **flags)
+    assert "saved again by another program" in refused(folder, "--export_only", keep_ids="saved.parquet", **flags)
     assert run(folder, "--export_only", **flags) == 0
     assert ids_of(folder).equals(before)
     ten = catalogue(60).filter(pl.col("parent_asin") >= "B0050")
@@ -564,10 +564,10 @@ def test_the_ids_of_a_stopped_run_come_with_a_warning(unfinished, capsys):
 
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
     for flags in ({}, {"max_lr": 1e-2}):  # whatever flags are given now
-        assert f"{TWENTY}: saved by a run that was stopped; --resume goes on" in refused(unfinished, **flags)
+        assert "has checkpoints of a run that was stopped; --resume goes on" in refused(unfinished, **flags)
     (unfinished / BEST).unlink(missing_ok=True)
     shutil.copy(unfinished / SOURCE, unfinished / SOURCE.replace("Tiny", "Other"))
-    assert f"{TWENTY}: trained on {SOURCE}" in refused(unfinished, category="Other")
+    assert "a run that was stopped" in refused(unfinished, category="Other")
     assert run(unfinished, "--overwrite") == 0
     assert same_files(unfinished, trained)
 
@@ -596,8 +596,8 @@ def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy
     with monkeypatch.context() as patch:  # before its first validation: the best model is still that of the first run
         before_step(patch, 2, interrupt)
         assert run(copy, "--resume", **longer) == 130
-    assert (copy / FINAL).exists()
-    assert run(copy, collisions="suffix") == 0
+    assert not (copy / FINAL).exists()
+    assert "a run that was stopped" in refused(copy, collisions="suffix")
     assert "a run that was stopped" in refused(copy, **longer)
     (copy / LAST.replace("24", "26")).unlink()
     with monkeypatch.context() as patch:  # after it
@@ -610,7 +610,7 @@ def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
     trial = {"num_rows": 200, "checkpoint_dir": "trial"}
-    assert f"{BEST}: trained on 300 items, and this trial has 200" in refused(copy, num_rows=200)
+    assert f"{IDS}: has 300 items, and this trial 200" in refused(copy, num_rows=200)
     for switches in ([], ["--resume"]):
         assert f"{IDS}: has 300 items, and this trial 200" in refused(copy, *switches, **trial)
     assert f"{IDS}: has 300 items" in refused(copy, "--export_only", num_rows=200)
@@ -623,7 +623,7 @@ def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refu
     assert run(copy, "--export_only", "--overwrite", **trial) == 0
     assert len(ids_of(copy)) == 200
     assert run(copy, "--overwrite", num_rows=250) == 0
-    assert load(copy / BEST)["items"] == len(ids_of(copy)) == 250
+    assert len(ids_of(copy)) == 250
     assert run(copy) == 0  # more rows may replace fewer
     assert len(ids_of(copy)) == N
 

@@ -316,7 +316,7 @@ def test_figures_are_those_of_the_ids_that_were_written(folder, capsys):
     export(folder)
     model, new = load_model(folder), embeddings_of(table[N:])
     off = errors(model, new, encoded_ids(folder, table[N:])) / (DIM * model.input_scale.item() ** 2)
-    loss = train_rqvae.RECONSTRUCTION_WEIGHT * off.mean()
+    loss = train_rqvae.robust_loss(torch.from_numpy(off)).item()
     held_out = model.metrics["val/reconstruction_loss"]
     figures = {"kept": N, "moved": 0, "new": 200, "vanished": 0, "held_out_loss": held_out}
     assert keeping(folder) == figures | {"loss_of_new_and_moved": pytest.approx(loss, rel=1e-3)}
@@ -364,7 +364,7 @@ def refused_export(capsys):
     [
         ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: not found"),
         ({"keep_ids": ""}, "is a folder"),
-        ({"num_rows": 100}, "needs the whole catalogue"),
+        ({"num_rows": 100}, "all rows"),
         ({"collisions": "keep"}, "distinct IDs"),
         ({"collisions": "suffix"}, "made with --collisions assign"),
     ],
@@ -406,7 +406,7 @@ def test_a_file_that_is_no_sound_export_is_refused(folder, refused_export, kind)
     if kind == "retired in use":
         metadata["retired"] = first.astype("<i4").tobytes().hex()
     if kind == "no metadata":  # as after another program has saved the table
-        metadata, words = {}, "lacks the metadata of an export"
+        metadata = {}
     NO_EXPORT.get(kind, lambda table: table)(table).write_parquet(path, metadata=metadata)
     if kind in ("no parquet", "empty"):
         path.write_bytes(b"no parquet" * 100 * (kind != "empty"))

@@ -75,7 +75,8 @@ def model(x) -> RQVAE:
 
 def reconstruction_loss(difference) -> float:
     """Of standardised embeddings minus their reconstructions (B, D), in float64."""
-    return float(train_rqvae.RECONSTRUCTION_WEIGHT * (np.asarray(difference, dtype=np.float64) ** 2).mean())
+    errors, scale = (np.asarray(difference, dtype=np.float64) ** 2).mean(1), train_rqvae.ERROR_SCALE
+    return float(train_rqvae.RECONSTRUCTION_WEIGHT * scale * np.log(1 + errors / scale).mean())
 
 
 def tensors_of(model: RQVAE) -> dict[str, Tensor]:
@@ -214,13 +215,12 @@ def test_ema_codebook_follows_the_direct_sums_of_several_steps():
             counts[code] = decay * counts[code] + (1 - decay) * (codes == code).sum()
             sums[code] = decay * sums[code] + (1 - decay) * x.double().numpy()[codes == code].sum(0)
         assert np.allclose(quantizer.ema_counts, counts, rtol=1e-5)
-        assert np.allclose(quantizer.ema_sums, sums, rtol=1e-4, atol=1e-5)
         assert np.allclose(quantizer.codebook, sums / counts[:, None], rtol=1e-4, atol=1e-5)
 
 
 def test_ema_codes_without_items_keep_their_place():
     quantizer = EMAVectorQuantizer(4, 2, ema_decay=0.9)
-    quantizer.set_codes(torch.arange(4), torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]]), torch.ones(4))
+    quantizer.codebook.copy_(torch.tensor([[0.0, 0], [10, 0], [0, 10], [10, 10]]))
     for _ in range(500):
         quantizer(torch.full((8, 2), 1.0))
         quantizer.end_step()
@@ -338,9 +338,9 @@ def test_every_parameter_gets_a_gradient(x, changes):
     inside = model.standardise(x)
     model(inside, inside, 4)[0][0].backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().sum() > 0, name
-    learned = {name for name, _ in model.named_parameters() if name.startswith("quantizers")}
+        if parameter.requires_grad:
+            assert parameter.grad.abs().sum() > 0, name
+    learned = {name for name, p in model.named_parameters() if name.startswith("quantizers") and p.requires_grad}
     if changes["use_ema_vq"]:
         assert not learned
         for quantizer, codebook in zip(model.quantizers, before, strict=True):
@@ -428,7 +428,6 @@ def test_codebooks_start_at_the_k_means_centres_of_each_levels_residuals(ema):
         if ema:
             a_step = np.bincount(kmeans.labels_, minlength=size) * 64 / 200  # items of each code in a step of 64
             assert np.allclose(quantizer.ema_counts, a_step, rtol=1e-5)
-            assert torch.allclose(quantizer.ema_sums, quantizer.codebook * quantizer.ema_counts[:, None])
         left = left - codebook[codes]
 
 
@@ -470,7 +469,6 @@ def test_reset_moves_unused_codes_onto_residuals_and_nothing_else(x, ema):
         for vector in codebook[unused]:
             assert (left == vector).all(1).any()
         if ema:
-            assert torch.equal(quantizer.ema_sums[unused], codebook[unused])
             assert torch.equal(quantizer.ema_counts[unused], torch.ones(int(unused.sum())))
             assert torch.equal(quantizer.ema_counts[~unused], before[f"quantizers.{level}.ema_counts"][~unused])
         else:
@@ -762,7 +760,7 @@ def test_neighbour_recall_is_that_of_brute_force():
     assert train_rqvae.neighbour_recall(x, 3 * x, queries) == 1  # cosine knows no length
     few = torch.arange(4)
     assert train_rqvae.neighbour_recall(x[few], -x[few], few) == 1  # all the others are among the nearest ten
-    assert train_rqvae.neighbour_recall(x[:1], x[:1], few[:1]) is None
+    assert train_rqvae.neighbour_recall(x[:1], x[:1], few[:1]) == 1
 
 
 def test_twins_do_not_lower_neighbour_recall():
