@@ -10,7 +10,6 @@ Writes  data/output/{category}_tokenized.npz           (input_ids, attention_mas
 Next: embed_items.py. Shapes: N items, W tokens of the longest item, at most max_length.
 """
 
-import glob
 import hashlib
 import json
 import logging
@@ -203,28 +202,24 @@ def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str,
     """Writes the npz that np.savez would write, but pads only some rows at a time; moves it to `path` when whole."""
     lengths = np.array([len(ids) for ids in tokens])
     shape = len(tokens), int(lengths.max())  # (N, W)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with fail_on(OSError, path, "cannot be written", ROOM):
             with open(temporary, "w+b") as file:
                 np.savez(file, **settings)
-                with zipfile.ZipFile(file, "a") as archive:
-                    for name, dtype in {"input_ids": "<i4", "attention_mask": "|b1"}.items():
-                        with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                            header = {"descr": dtype, "fortran_order": False, "shape": shape}
-                            np.lib.format.write_array_header_1_0(member, header)
-                            for start in range(0, len(tokens), ROWS_PER_WRITE):
-                                rows = slice(start, start + ROWS_PER_WRITE)
-                                mask = np.arange(shape[1]) < lengths[rows, None]
-                                input_ids = np.full(mask.shape, pad_id, np.int32)
-                                input_ids[mask] = np.concatenate(tokens[rows])
-                                member.write(input_ids if name == "input_ids" else mask)
+                for name, dtype in {"input_ids": "<i4", "attention_mask": "|b1"}.items():
+                    with zipfile.ZipFile(file, "a") as npz, npz.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        header = {"descr": dtype, "fortran_order": False, "shape": shape}
+                        np.lib.format.write_array_header_1_0(member, header)
+                        for start in range(0, len(tokens), ROWS_PER_WRITE):
+                            rows = slice(start, start + ROWS_PER_WRITE)
+                            mask = np.arange(shape[1]) < lengths[rows, None]
+                            input_ids = np.full(mask.shape, pad_id, np.int32)
+                            input_ids[mask] = np.concatenate(tokens[rows])
+                            member.write(input_ids if name == "input_ids" else mask)
                 file.flush()
                 os.fsync(file.fileno())
-            with fail_on(FileNotFoundError, path, "another run wrote it just now", "run again if this one counts"):
-                os.replace(temporary, path)
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of runs that were killed
-            left.unlink(missing_ok=True)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {path}: {shape[0]:,} x {shape[1]} tokens, {path.stat().st_size / 1e6:.1f} MB")

@@ -495,54 +495,8 @@ def test_a_folder_without_the_right_to_write_is_told(data_dir, tiny_encoder, ref
     assert "get write access" in line
 
 
-@pytest.fixture
-def beside(data_dir, tiny_encoder, monkeypatch):
-    """Runs something in the middle of the writing of a run of process 1: beside(function)."""
-
-    def run(function):
-        header, ids = np.lib.format.write_array_header_1_0, iter([1, 2])
-
-        def write_header(*arguments):
-            monkeypatch.setattr(np.lib.format, "write_array_header_1_0", header)
-            function()
-            header(*arguments)
-
-        monkeypatch.setattr(os, "getpid", lambda: next(ids))
-        monkeypatch.setattr(np.lib.format, "write_array_header_1_0", write_header)
-        main(flags(data_dir, tiny_encoder))
-
-    return run
-
-
-def test_two_runs_at_once_leave_a_whole_file(data_dir, tiny_encoder, beside, capsys):
-    """The second runs from start to end in the middle of the writing of the first."""
-    main(flags(data_dir, tiny_encoder, "--num_rows", "20"))
-    expected = (data_dir / "Tiny_tokenized.npz").read_bytes()
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        beside(lambda: main(flags(data_dir, tiny_encoder, "--num_rows", "20")))
-    assert "another run wrote it just now" in capsys.readouterr().err
-    assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
-    assert (data_dir / "Tiny_tokenized.npz").read_bytes() == expected
-
-
-def test_a_run_that_fails_leaves_the_work_of_another(data_dir, tiny_encoder, beside):
-    def full_disk(_):
-        raise OSError(28, "No space left on device")
-
-    def fail():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "fsync", full_disk)
-            with pytest.raises(SystemExit):
-                main(flags(data_dir, tiny_encoder))
-
-    beside(fail)
-    assert len(rows_of(read_npz(data_dir))) == 60
-    assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
-
-
 def test_what_a_killed_run_left_is_removed(data_dir, tiny_encoder):
-    (data_dir / ".Tiny_tokenized.npz.7.tmp").write_bytes(b"half")
+    (data_dir / ".Tiny_tokenized.npz.tmp").write_bytes(b"half")
     main(flags(data_dir, tiny_encoder))
     assert files_of(data_dir).keys() == {"Tiny_items_updated.parquet", "Tiny_tokenized.npz"}
 
