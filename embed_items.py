@@ -60,7 +60,7 @@ ROWS_PER_GROUP = 8192  # rows per row group of the output, and rows of a parquet
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
 ROOM = "free disk space or get write access there, or choose another --data_dir"
 
-# Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
+# Set by torchrun, and read only under torchrun, because clusters set RANK and WORLD_SIZE for other purposes.
 RANK, WORLD, LOCAL_RANK = 0, 1, 0
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -200,7 +200,7 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     with fail_on(Exception, path, "damaged, or not an npz of tokenize_items.py", again), np.load(path) as npz:
         if npz["format_version"] != FORMAT_VERSION:
             raise ValueError(f"not of format {FORMAT_VERSION}")
-        settings = {name: npz[name].item() for name in Tokens._fields[3:]}
+        settings = {name: npz[name].item() for name in Tokens._fields[3:]}  # all but the arrays
         ids, lengths = bytearray(), []
         for rows, mask in zip(read_rows(npz.zip, "input_ids"), read_rows(npz.zip, "attention_mask"), strict=True):
             ids += rows[mask > 0].astype(np.int32).tobytes()
@@ -255,7 +255,7 @@ def read_json(config: EmbedConfig, name: str) -> Any:
     """A JSON file of the model, from its folder or the hub; empty if there is none."""
     try:
         path = cached_file(config.model_name, name)
-    except OSError as error:  # there is none, or nobody can say so without a network
+    except OSError as error:  # without a cause: there is no such file; with one: the hub could not be asked
         if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
             trouble = "the hub cannot be asked for it, and it may declare a pooling"
             if config.pooling == "auto":
@@ -295,6 +295,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     if not Path(name).is_dir():
         way_out = "check the name and the network, or give a local folder"
         print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
+    # weights of another shape are then listed instead of raised
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     with fail_on(Exception, flag, "no model can be loaded from there", way_out):
         try:
@@ -306,9 +307,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
                 if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
                     fail(flag, f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there")
             raise
-    missing = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # now random numbers
-    missing = sorted(key for key in missing if not key.startswith(UNUSED))
-    if missing:
+    unset = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # now random numbers
+    if missing := sorted(key for key in unset if not key.startswith(UNUSED)):
         trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     if getattr(model.config, "auto_map", None):
@@ -329,7 +329,7 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def batches_by_length(rows: np.ndarray, lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Those rows in batches of similar length, the longest first, so that too large a batch fails at the start."""
+    """Groups rows of similar length into batches, the longest first, so that too large a batch fails at the start."""
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     batches, start = [], 0
     while start < len(rows):
@@ -418,6 +418,7 @@ def read_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> 
     input_ids = torch.from_numpy(tokens.ids[:size].astype(np.int64)).unsqueeze(0).to(model.device)
     cache = getattr(model(input_ids=input_ids, use_cache=True), "past_key_values", None)
     layers = {type(layer) for layer in getattr(cache, "layers", [])}
+    # other layers (convolutions, states) cannot be repeated for each item of a batch
     return cache if layers and layers <= {DynamicLayer, DynamicSlidingWindowLayer} else None
 
 
@@ -482,7 +483,7 @@ def embed_all(
     model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None, store: Store, batches: list
 ) -> None:
     """Embeds these batches of rows and keeps their vectors."""
-    # counted in tokens, because the first items are the longest and would make the time left look too long
+    # progress in tokens: the longest items come first, so items a second would mislead
     sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
     with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
         for rows, size in zip(batches, sizes, strict=True):
@@ -524,7 +525,7 @@ def write(config: EmbedConfig, store: Store, source: np.ndarray, metadata: dict[
         fail(catalogue, trouble, "put it back and run the same command again, or tokenize the new one")
     items = pl.scan_parquet(catalogue, n_rows=len(source), glob=False)
 
-    def pieces(*_) -> Iterator[pl.DataFrame]:
+    def pieces(*_) -> Iterator[pl.DataFrame]:  # polars passes columns and limits, none here
         start = 0
         for piece in items.collect_batches(chunk_size=ROWS_PER_GROUP):
             vectors = store.read(source[start : start + piece.height])
@@ -561,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
         if LOCAL_RANK == 0:
             place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             print(f"waiting for {WORLD} processes at {place}", flush=True)
-        # gloo sends only the lists of batches; the vectors go through files in the store
+        # gloo, also on GPUs: only lists of batches are sent, the vectors go through files
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
     tokens = read_tokens(config.path(TOKENS), config.num_rows)
@@ -579,6 +580,7 @@ def main(argv: list[str] | None = None) -> None:
         prefix, config.target_dim = check_vectors(model, tokens, config)
         print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why})")
         print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
+        # what a vector depends on, and then what the whole output depends on
         recipe = {
             "weights": weights_digest(model),
             "tokenizer": tokens.tokenizer,
@@ -599,7 +601,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # of equal texts, only the first row is embedded: hashes, first (M), inverse (N)
         hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        plan = [None]  # broadcast_object_list fills it
+        plan = [None]  # rank 0 sends its batches in place of None
         if RANK == 0:
             rows = first
             if config.reuse:
@@ -612,10 +614,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{size:,} items to embed; {len(rows) - size:,} were finished by an earlier run")
             plan = [left]
         if WORLD > 1:
-            dist.broadcast_object_list(plan)  # from rank 0, which does not wait for the others
+            dist.broadcast_object_list(plan)
         embed_all(model, tokens, config, prefix, store, plan[0][RANK::WORLD])
         if WORLD > 1:
-            dist.barrier()  # a broadcast does not wait for all: rank 0 would miss vectors
+            dist.barrier()  # rank 0 writes when all have finished their vectors
         if RANK == 0:
             write(config, store, first[inverse], metadata | {"catalogue": sha256, "model_name": config.model_name})
             # a run of all items ends what others may have left there; a trial leaves the vectors of a stopped run

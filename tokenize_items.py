@@ -59,7 +59,7 @@ class TokenizeConfig:
 
     @property
     def prompt(self) -> str:
-        """As in the model card of Qwen3-Embedding: no space after `Query:`."""
+        """The text before every item, as in the model card of Qwen3-Embedding: no space after `Query:`."""
         return f"Instruct: {self.instruction}\nQuery:" if self.instruction else ""
 
 
@@ -156,7 +156,7 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
         path = f"{config.model_name}/{name}"
         try:
             file = cached_file(config.model_name, name)
-        except OSError as error:  # there is none, or nobody can say so without a network
+        except OSError as error:  # without a cause: there is no such file; with one: the hub could not be asked
             if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
                 trouble = f"the hub cannot be asked for {path}, which may declare a length or prompts"
                 print(f"warning: {trouble}; go online once, or see --max_length, --instruction", file=sys.stderr)
@@ -169,14 +169,15 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
     limit = f"at most {limit}" if limit < 10**9 else "any length"
     print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {limit}")
 
-    # transformers takes tokenizer.json as it is, whatever add_eos_token says
+    # tokenizer.json alone decides whether transformers adds an end token
     if declared.get("add_eos_token") and tokenizer("x")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         trouble = f"no item will end in {tokenizer.eos_token}, which tokenizer_config.json asks for (add_eos_token)"
         print(f"warning: {trouble}; set tokenizer.add_eos_token = True in Python and save it", file=sys.stderr)
+    # an item may start with any declared prompt, or with none unless one for documents is declared
     starts = [prompt or "" for prompt in prompts.values()]
     starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
     fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
-    if "__version__" in declared and not any(fits):  # of sentence-transformers
+    if "__version__" in declared and not any(fits):  # the model was saved by sentence-transformers
         trouble = f"texts start with {(config.prompt + text)[:30]!r}, but the model declares the prompts {prompts}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
@@ -199,7 +200,7 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str, str | int]) -> None:
-    """Writes the npz that np.savez would write, but pads only some rows at a time; moves it to `path` when whole."""
+    """Writes the npz that np.savez would write, but pads only some rows at a time, so twice: once for each array."""
     lengths = np.array([len(ids) for ids in tokens])
     shape = len(tokens), int(lengths.max())  # (N, W)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -244,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     follow_declarations(config, tokenizer, texts[0])
     print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
 
+    # before tokenize(), which sets a truncation in the backend
     behaviour = tokenizer.backend_tokenizer.to_str() + tokenizer.truncation_side
     tokens, truncated = tokenize(texts, tokenizer, config)
     if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:

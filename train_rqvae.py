@@ -53,7 +53,7 @@ from transformers.hf_argparser import HfArg, HfArgumentParser
 if os.name == "posix":  # on Windows, two runs are not kept apart
     import fcntl
 
-# Set by torchrun. Without torchrun, a cluster may have set RANK and WORLD_SIZE for something else.
+# Set by torchrun, and read only under torchrun, because clusters set RANK and WORLD_SIZE for other purposes.
 RANK, WORLD, LOCAL_RANK = 0, 1, 0
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, WORLD, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -267,9 +267,10 @@ def average_gradients(model: nn.Module) -> None:
 
 def gathered(rows: Tensor) -> Tensor:
     """Rows of all processes in their order, on the CPU: (n, ...) -> (N, ...)."""
-    parts = [rows.cpu()] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, rows.cpu())
+    if WORLD == 1:
+        return rows.cpu()
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows.cpu())
     return torch.cat(parts)
 
 
@@ -926,7 +927,7 @@ def stop_requests() -> Iterator[list[int]]:
 
     def on_signal(number: int, frame) -> None:
         requests.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C stops at once
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
@@ -1043,7 +1044,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
 
             epoch, place = divmod(step - 1, plan.steps_per_epoch)
             if place == 0 or order is None:  # an epoch begins, or a resumed run in the middle of one
-                generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))
+                generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))  # not a step's seed
                 order = plan.train_rows[torch.randperm(len(plan.train_rows), generator=generator, device=device)]
             rows = order[place * size : (place + 1) * size]
             rate = learning_rate(step - 1, total, config)
@@ -1201,8 +1202,11 @@ def make_distinct(
     if collisions == "suffix":
         return add_suffix(codes, occupied)
     codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
-    costs = lambda rows, prefix: last_code_errors(model, x[rows], prefix)  # noqa: E731
-    return assign_distinct(latents, codes, codebooks, costs, occupied)
+
+    def last_costs(rows: np.ndarray, prefix: np.ndarray) -> np.ndarray:
+        return last_code_errors(model, x[rows], prefix)
+
+    return assign_distinct(latents, codes, codebooks, last_costs, occupied)
 
 
 # ---------------------------------------------------------------- keeping the IDs of an earlier export
@@ -1343,8 +1347,8 @@ def coherence(x: Tensor, codes: np.ndarray, level: int) -> float | None:
     for part, part_keys in zip(x.split(ROWS_READ), keys.split(ROWS_READ), strict=True):
         sums.index_add_(0, part_keys, F.normalize(part))
     shared = sizes > 1
-    cosines = (sums.norm(dim=1).square() - sizes) / (sizes - 1)  # (groups) size times the mean over pairs
-    return (cosines[shared].sum() / sizes[shared].sum()).item() if shared.any() else None
+    weighted = (sums.norm(dim=1).square() - sizes) / (sizes - 1)  # (groups) size times the mean over pairs
+    return (weighted[shared].sum() / sizes[shared].sum()).item() if shared.any() else None
 
 
 def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, written: np.ndarray) -> dict:
@@ -1451,7 +1455,7 @@ def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict:
     """Encode the whole catalogue, make the IDs distinct, write them, and report and return their quality."""
     metadata, x, sizes = provenance(config, dataset), dataset.embeddings, model.config.codebook_size
-    previous = config.keep_ids and read_previous(config, sizes, dataset.parent_asin, metadata)
+    previous = read_previous(config, sizes, dataset.parent_asin, metadata) if config.keep_ids else None
     latents, codes, norms = encode_catalogue(model, x)
     latents, codes = latents.cpu().numpy(), codes.cpu().numpy()
     if previous:
