@@ -233,13 +233,14 @@ def read_catalogue(config: EmbedConfig, tokens: Tokens) -> tuple[np.ndarray, str
     """
     path, fingerprint, hashes = config.path(CATALOGUE), hashlib.sha256(), [np.empty(0, dtype=np.uint64)]
     with fail_on(UNREADABLE, path, "not a readable parquet file", "put the catalogue back"):
+        sha256 = file_digest(path)  # before the texts are read: `write` asks if the file is still the same
         catalogue = pl.scan_parquet(path, glob=False)
         if "embedding" in catalogue.collect_schema():
             fail(path, "already has a column embedding", "drop or rename it")
-        for rows in catalogue.select("parent_asin", "item_context").collect_batches(chunk_size=ROWS_PER_GROUP):
+        texts = catalogue.select("parent_asin", "item_context")
+        for rows in texts.collect_batches(chunk_size=ROWS_PER_GROUP, maintain_order=True):
             fingerprint.update(rows.write_ndjson().encode())  # as in tokenize_items.py
             hashes.append(rows["item_context"].hash().to_numpy())
-        sha256 = file_digest(path)
     hashes, n = np.concatenate(hashes), len(tokens.lengths)
     if fingerprint.hexdigest() != tokens.fingerprint or len(hashes) < n:
         trouble = f"does not fit {path}: items, texts or order have changed"
@@ -527,7 +528,7 @@ def write(config: EmbedConfig, store: Store, source: np.ndarray, metadata: dict[
 
     def pieces(*_) -> Iterator[pl.DataFrame]:  # polars passes columns and limits, none here
         start = 0
-        for piece in items.collect_batches(chunk_size=ROWS_PER_GROUP):
+        for piece in items.collect_batches(chunk_size=ROWS_PER_GROUP, maintain_order=True):
             vectors = store.read(source[start : start + piece.height])
             start += piece.height
             if not is_unit(vectors).all():

@@ -807,8 +807,8 @@ def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict |
             fail(path, trouble, way_out)
         print0(f"going on from {path}")
         return checkpoint
-    with suppress(ValueError):
-        if trouble := mismatch(read_checkpoint(config.best_path), config, checksum):
+    with suppress(ValueError):  # a model that was not finished may be replaced
+        if trouble := config.final_path.exists() and mismatch(read_checkpoint(config.best_path), config, checksum):
             fail(config.best_path, trouble, way_out)
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None

@@ -629,10 +629,13 @@ def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refu
 
 
 def test_a_model_of_another_run_without_numbered_checkpoints_is_not_resumed(copy, trained, refused):
-    for path in (TEN, TWENTY, LAST, FINAL):
+    for path in (TEN, TWENTY, LAST):
         (copy / path).unlink()
     assert "trained with --seed 42, not 1" in refused(copy, "--resume", seed=1)
-    assert run(copy, "--resume") == 0  # its own run begins again
+    (copy / FINAL).unlink()  # as after a kill in the first steps of the run with another seed
+    assert run(copy, "--resume", seed=1) == 0
+    assert load(copy / BEST)["config"]["seed"] == 1
+    assert run(copy, "--overwrite") == 0
     assert same_files(copy, trained)
 
 
