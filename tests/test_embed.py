@@ -783,7 +783,7 @@ def test_a_missing_catalogue_is_refused(with_earlier, refused):
     path = with_earlier / "Tiny_items_updated.parquet"
     path.unlink()
     line = refused(main, flags(with_earlier), with_earlier)
-    assert f"{path}: not a readable parquet file (No such file" in line
+    assert f"{path}: not a readable parquet file ([Errno 2] No such file" in line
     assert "put the catalogue back" in line
 
 
