@@ -581,7 +581,7 @@ def main(argv: list[str] | None = None) -> None:
         prefix, config.target_dim = check_vectors(model, tokens, config)
         print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why})")
         print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
-        # what a vector depends on, and then what the whole output depends on
+        # `recipe` is what a vector depends on, `metadata` what the whole output depends on
         recipe = {
             "weights": weights_digest(model),
             "tokenizer": tokens.tokenizer,
@@ -621,7 +621,7 @@ def main(argv: list[str] | None = None) -> None:
             dist.barrier()  # rank 0 writes when all have finished their vectors
         if RANK == 0:
             write(config, store, first[inverse], metadata | {"catalogue": sha256, "model_name": config.model_name})
-            # a run of all items ends what others may have left there; a trial leaves the vectors of a stopped run
+            # after a run of all items, the vectors of stopped runs are of no use; after a trial they are
             shutil.rmtree(store.folder.parent if n == total else store.folder, ignore_errors=True)
 
 

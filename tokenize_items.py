@@ -200,7 +200,7 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str, str | int]) -> None:
-    """Writes the npz that np.savez would write, but pads only some rows at a time, so twice: once for each array."""
+    """Writes the npz of np.savez, but pads only some rows at a time, once for each array."""
     lengths = np.array([len(ids) for ids in tokens])
     shape = len(tokens), int(lengths.max())  # (N, W)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -141,7 +141,7 @@ class RQVAEConfig:
     scheduler_type: Literal["cosine", "cosine_with_warmup"] = HfArg(
         default="cosine_with_warmup", help="Learning rate: a cosine, without or after a linear rise."
     )
-    warmup_steps: int = HfArg(default=100, help="Steps of the linear rise of the learning rate.")
+    warmup_steps: int = HfArg(default=100, help="Steps of the linear rise of the learning rate (at most half of all).")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
     input_noise: float = HfArg(default=0.5, help="Noise on the inputs, in standard deviations; it falls to 0.")
     input_mixing: float = HfArg(default=0.1, help="Mix inputs in pairs, weights from Beta(a, a); 0 for none.")
@@ -178,6 +178,8 @@ class RQVAEConfig:
             raise ValueError(f"--codebook_size {sizes}: not one size for each of {levels} levels")
         self.codebook_size = sizes * levels if len(sizes) == 1 else sizes
         self.codebook_quantization_levels = levels
+        if self.max_steps == 0:
+            raise ValueError("--max_steps 0: must be -1 or at least 1")
         if self.min_lr > self.max_lr:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
         if self.keep_ids and (not self.export_only or self.num_rows or self.collisions == "keep"):
@@ -754,7 +756,7 @@ def read_checkpoint(path: Path) -> dict:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return checkpoint | {"config": RQVAEConfig(**checkpoint["config"])}
+        return {**checkpoint, "config": RQVAEConfig(**checkpoint["config"])}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
 
@@ -842,7 +844,7 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     rows_per_step = max(1, min(rows_per_step, smallest - held_out))
     steps_per_epoch = (smallest - held_out) // rows_per_step
     total_steps = config.num_epochs * steps_per_epoch
-    if config.max_steps >= 0:
+    if config.max_steps > 0:
         total_steps = min(total_steps, config.max_steps)
     autoencoder_steps = config.autoencoder_steps if config.use_kmeans_init else 0
     if autoencoder_steps is None:
@@ -990,8 +992,9 @@ class TrainingState:
         )
         checkpoints = numbered_checkpoints(self.config.checkpoints)
         kept = [step for step in checkpoints if step <= self.step][: self.config.keep_checkpoints]
-        for step in checkpoints.keys() - kept if RANK == 0 else ():
-            checkpoints[step].unlink()
+        if RANK == 0:
+            for step in checkpoints.keys() - kept:
+                checkpoints[step].unlink()
 
     def log(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
@@ -1026,8 +1029,9 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
     print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
     print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
     if RANK == 0:
-        for path in () if resumed else numbered_checkpoints(config.checkpoints).values():
-            path.unlink()  # of an earlier run; --resume must not go on from them
+        if not resumed:
+            for path in numbered_checkpoints(config.checkpoints).values():
+                path.unlink()  # of an earlier run; --resume must not go on from them
         config.final_path.unlink(missing_ok=True)  # it stands for a finished run
     model.train()
     order, stopping = None, False
@@ -1281,7 +1285,7 @@ def keep_or_assign(
     if not has_suffix:
         may_move = is_clearly_better(best_free_errors(model, x[rows], codes[rows], occupied), old_errors)
         rows, old_errors = rows[may_move], old_errors[may_move]
-    if is_new.sum() + len(rows) <= free:  # too few free IDs are for the new items, and none moves
+    if is_new.sum() + len(rows) <= free:  # otherwise none moves, and the new items get the free IDs
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
         # some are offered a worse ID, as another item got their best one: these stay
         moves = is_clearly_better(decoded_errors(model, x[rows], offered), old_errors)
@@ -1321,7 +1325,7 @@ def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float:
 
     A tie with the last true neighbour is a hit. x, decoded (N, D), queries (Q) rows of x.
     """
-    neighbours = min(NEIGHBOURS, max(1, len(x) - 1))  # 1 of a single item
+    neighbours = min(NEIGHBOURS, max(1, len(x) - 1))  # a single item has none, and counts as found
     lengths, decoded_lengths = (catalogue.norm(dim=1).clamp_min(1e-12) for catalogue in (x, decoded))  # (N)
     hits = []
     for rows in queries.split(128):
@@ -1564,13 +1568,14 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
     if config.overwrite:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
-    if from_start and numbered_checkpoints(config.checkpoints) and not config.final_path.exists():
-        trouble = "has checkpoints of a run that was stopped"
-        fail(config.checkpoints, trouble, "--resume goes on with its flags, --overwrite starts over")
-    with suppress(ValueError):
-        source = read_checkpoint(config.best_path)["config"].source
-        if from_start and source.resolve() != config.source.resolve():
-            fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
+    if from_start:
+        if numbered_checkpoints(config.checkpoints) and not config.final_path.exists():
+            trouble = "has checkpoints of a run that was stopped"
+            fail(config.checkpoints, trouble, "--resume goes on with its flags, --overwrite starts over")
+        with suppress(ValueError):
+            source = read_checkpoint(config.best_path)["config"].source
+            if source.resolve() != config.source.resolve():
+                fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:

@@ -521,6 +521,14 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(qwen3_dir, t
     assert "[y/N]" not in done.stdout
 
 
+def test_code_of_its_own_that_is_not_used_is_told(qwen3_dir, tiny_encoder, tmp_path, capsys):
+    folder = copy_encoder(tiny_encoder, tmp_path / "custom")
+    config = json.loads(Path(folder, "config.json").read_text())
+    Path(folder, "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "m.Model"}}))
+    main(flags(qwen3_dir, "--model_name", folder))
+    assert f"warning: {folder} brings code of its own, which is not used" in capsys.readouterr().err
+
+
 def test_a_tilde_is_the_home_folder(qwen3_dir, tiny_encoder, monkeypatch):
     monkeypatch.setenv("HOME", str(qwen3_dir.parent))
     copy_encoder(tiny_encoder, qwen3_dir.parent / "model")
@@ -878,6 +886,7 @@ CONTRADICTIONS = {
         "input_ids": np.vstack([n["input_ids"]] * 2),
         "attention_mask": np.vstack([n["attention_mask"]] * 2),
     },
+    "ids stored column by column": lambda n: {"input_ids": np.asfortranarray(n["input_ids"])},
     "a narrower mask": lambda n: {"attention_mask": n["attention_mask"][:, 1:]},
     "a shorter mask": lambda n: {"attention_mask": n["attention_mask"][1:]},
     "a flat mask": lambda n: {"attention_mask": n["attention_mask"].ravel()},

@@ -565,6 +565,8 @@ def test_the_ids_of_a_stopped_run_come_with_a_warning(unfinished, capsys):
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
     for flags in ({}, {"max_lr": 1e-2}):  # whatever flags are given now
         assert "has checkpoints of a run that was stopped; --resume goes on" in refused(unfinished, **flags)
+    (unfinished / TWENTY).write_bytes(b"damaged")
+    assert "has checkpoints of a run that was stopped" in refused(unfinished)
     (unfinished / BEST).unlink(missing_ok=True)
     shutil.copy(unfinished / SOURCE, unfinished / SOURCE.replace("Tiny", "Other"))
     assert "a run that was stopped" in refused(unfinished, category="Other")

@@ -498,6 +498,7 @@ def test_learning_rate_rises_and_falls_as_the_flags_say(scheduler, rates):
     assert {step: train_rqvae.learning_rate(step, 1000, config) for step in rates} == pytest.approx(rates)
     short = [train_rqvae.learning_rate(step, total, config) for total in (1, 100) for step in range(total)]
     assert all(0 < rate <= 1 for rate in short)
+    assert max(train_rqvae.learning_rate(step, 50, config) for step in range(50)) == 1  # a trial reaches max_lr
 
 
 def plan_of(n: int, **changes) -> train_rqvae.Plan:
