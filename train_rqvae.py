@@ -1422,8 +1422,9 @@ def print_report(quality: dict, tree: str) -> None:
     rows = []
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
-        bars = f"{max(counts)} {bar_chart(counts)} {min(counts)}"
-        rows.append({"level": i} | level | {"items_per_code": bars})
+        bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
+        figures = {name: value for name, value in level.items() if name != "items_per_code"}
+        rows.append({"level": i} | figures | bars)
     print_table(rows)
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
