@@ -503,7 +503,8 @@ def reuse(config: EmbedConfig, store: Store, other: list[str], hashes: np.ndarra
     """
     path, kept = config.path(OUTPUT), np.zeros(len(hashes), dtype=bool)
     if other:
-        print(f"no vector of {path} is kept (not found, or made with other settings: {', '.join(other)})")
+        trouble = f"not found, or made with other settings ({', '.join(other)})"
+        print(f"warning: no vector of {path} is kept: {trouble}", file=sys.stderr)
         return kept
     with fail_on(UNREADABLE, path, "not a readable parquet file", "delete it"):
         earlier = pl.scan_parquet(path, glob=False).select("item_context", "embedding")

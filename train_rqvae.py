@@ -713,7 +713,7 @@ def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARC
     norms = torch.empty(n, device=device)
     size = chunk_rows(device, search_width)
     for part in (slice(start, start + size) for start in range(0, n, size)):
-        x = model.standardise(embeddings[part].to(device))
+        x = model.standardise(embeddings[part].to(device).float())
         latents[part] = model.encode(x)
         codes[part] = model.search(latents[part], x, search_width)
         norms[part] = (latents[part] - model.decode_levels(codes[part])).norm(dim=1)
@@ -1555,6 +1555,8 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
+    if trained.num_rows not in (None, config.num_rows):
+        warn(f"{config.best_path} was trained on the first {trained.num_rows:,} items only")
     defaults = RQVAEConfig()
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(defaults, name)

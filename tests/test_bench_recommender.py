@@ -105,7 +105,12 @@ def test_histories(tmp_path, capsys):
     assert splits["valid"].target.tolist() == [1]
     assert splits["test"].history.tolist() == [[0, 1]]
     assert splits["test"].target.tolist() == [2]
-    assert "left out 4 of 11 items" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 2 train histories" in out
+    assert "1 of 3 test histories" in out
+    assert "left out 4 of 11 items" in out
+    with pytest.raises(SystemExit, match="know none of these embeddings"):
+        bench.read_histories(path, pl.Series("parent_asin", ["x"]))
 
 
 def test_histories_keep_their_last_items(tmp_path):
@@ -139,6 +144,9 @@ def test_text_neighbours():
     found = bench.text_neighbours(x, rows)
     assert found["recall@1"] == pytest.approx(1 / 3)
     assert found["ndcg@10"] == pytest.approx((1 + 0.5 + 0.5) / 3)
+    equal = bench.text_neighbours(torch.ones(40, 2), rows)  # in order, without the last item: ranks 0, 1, 0
+    assert equal["recall@1"] == pytest.approx(2 / 3)
+    assert equal["ndcg@10"] == pytest.approx((1 + 1 / math.log2(3) + 1) / 3)
 
 
 def test_it_learns_what_follows(tmp_path, capsys, monkeypatch):
@@ -171,3 +179,13 @@ def test_it_learns_what_follows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "judge", None)  # nothing is done again
     bench.main(argv)
     assert capsys.readouterr().out.splitlines() == lines
+    pl.DataFrame(ids | {"semantic_id_0": [0] * n}).write_parquet(tmp_path / "ids.parquet")
+    with pytest.raises(TypeError):  # other IDs in the same file are another run
+        bench.main(argv)
+
+
+def test_ids_of_an_item_that_occurs_twice_are_refused(tmp_path):
+    table = pl.DataFrame({"parent_asin": ["a", "b", "a"], "semantic_id_0": [0, 1, 2]})
+    table.write_parquet(tmp_path / "ids.parquet")
+    with pytest.raises(SystemExit, match="once"):
+        bench.read_ids(tmp_path / "ids.parquet", pl.Series("parent_asin", ["a", "b"]))

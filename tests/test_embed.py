@@ -1344,8 +1344,8 @@ def test_reuse_takes_nothing_of_another_recipe(
     embedded.clear()
     capsys.readouterr()
     main(flags(daily, *more, "--reuse"))
-    out = capsys.readouterr().out
-    assert re.search(rf"no vector of {daily / OUTPUT} is kept .*other settings: .*{other}", out)
+    out, err = capsys.readouterr()
+    assert re.search(rf"no vector of {daily / OUTPUT} is kept: .*other settings \(.*{other}", err)
     assert "keep the vector" not in out
     assert len(embedded) == DISTINCT
     assert files_of(daily) == expected
@@ -1362,7 +1362,7 @@ def test_reuse_without_a_sound_output_embeds_all(daily, embedded, from_nothing, 
         path.write_bytes(damaged[kind])
     embedded.clear()
     main(flags(daily, "--reuse"))
-    assert f"no vector of {path} is kept (not found, or made with other settings: " in capsys.readouterr().out
+    assert f"no vector of {path} is kept: not found, or made with other settings (" in capsys.readouterr().err
     assert len(embedded) == DISTINCT
     assert files_of(daily) == expected
 

@@ -1257,6 +1257,13 @@ def test_a_model_of_another_category_is_used_with_a_warning(copy, capsys):
     assert pl.read_parquet(copy / IDS.replace("Tiny", "Other")).equals(ids_of(copy))
 
 
+def test_a_model_of_a_trial_is_used_with_a_warning(copy, capsys):
+    assert run(copy, num_rows=200, checkpoint_dir="trial", collisions="keep", data_dir="data", overwrite=True) == 0
+    assert "first 200" not in capsys.readouterr().err
+    assert run(copy, "--export_only", checkpoint_dir="trial") == 0
+    assert "trained on the first 200 items only" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- disks, folders and numbers
 
 

@@ -291,6 +291,10 @@ def test_search_of_one_id_is_the_residual_walk(model, x):
     assert torch.equal(model.encode_to_semantic_ids(x, 1), model.quantize(model.encode(model.standardise(x))).codes)
 
 
+def test_float64_embeddings_get_the_same_ids(model, x):
+    assert torch.equal(model.encode_to_semantic_ids(x.double()), model.encode_to_semantic_ids(x))
+
+
 def test_search_does_not_depend_on_the_other_items(model, x):
     alone = torch.cat([model.encode_to_semantic_ids(row) for row in x[:50].split(1)])
     assert (alone == model.encode_to_semantic_ids(x)[:50]).float().mean() > 0.99  # near ties may turn

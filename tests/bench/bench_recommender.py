@@ -74,21 +74,27 @@ class Rows(NamedTuple):
     target: Tensor  # (R); -1 in train
 
 
+def digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:8]
+
+
 def read_histories(path: Path, parent_asin: pl.Series) -> dict[str, Rows]:
     """The rows of each split, without the items that have no embedding."""
     number = {item: i for i, item in enumerate(parent_asin)}
     table, splits, read, kept = pl.read_parquet(path, columns=["split", "history", "target"]), {}, 0, 0
     for split in ("train", "valid", "test"):
-        learn, rows = split == "train", []
-        for _, history, target in table.filter(pl.col("split") == split).iter_rows():
-            known = [number[item] for item in history if item in number]
-            read, kept = read + len(history), kept + len(known)
+        learn, rows, given = split == "train", [], table.filter(pl.col("split") == split)
+        for _, history, target in given.iter_rows():
+            known = [number[item] for item in history or [] if item in number]
+            read, kept = read + len(history or []), kept + len(known)
             if len(known) > learn and (learn or target in number):
                 rows.append((torch.tensor(known[-MAX_ITEMS - learn :]), -1 if learn else number[target]))
+        print(f"{len(rows):,} of {len(given):,} {split} histories, the others have no item to read or to predict")
+        if not rows:
+            raise SystemExit(f"error: {path}: history (lists of parent_asin) and target know none of these embeddings")
         history = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True, padding_value=-1)
         splits[split] = Rows(history, (history >= 0).sum(1), torch.tensor([row[1] for row in rows]))
-    used = ", ".join(f"{len(rows.target):,} {split}" for split, rows in splits.items())
-    print(f"{used} histories of {len(table):,}; left out {read - kept:,} of {read:,} items, which have no embedding")
+    print(f"left out {read - kept:,} of {read:,} items in them, which have no embedding")
     return splits
 
 
@@ -278,8 +284,8 @@ def read_ids(path: Path, parent_asin: pl.Series) -> Tensor:
     table = pl.read_parquet(path)
     levels = [name for i in range(table.width) if (name := f"semantic_id_{i}") in table.columns]
     ids = parent_asin.to_frame().join(table, on="parent_asin", how="left", maintain_order="left").select(levels)
-    if not levels or any(column.null_count() for column in ids):
-        raise SystemExit(f"error: {path}: needs semantic_id_0, ... of every item with an embedding")
+    if not levels or len(ids) > len(parent_asin) or any(column.null_count() for column in ids):
+        raise SystemExit(f"error: {path}: needs semantic_id_0, ... of every item with an embedding, once")
     return ids.cast(pl.Int64).to_torch()
 
 
@@ -287,10 +293,11 @@ def train_ours(sizes: list[int], collisions: str, seed: int, flags: argparse.Nam
     """The IDs, in a folder of --cache; where their model is there already, train_rqvae.py only writes them."""
     options = f"--codebook_quantization_levels {len(sizes)} --codebook_size {' '.join(map(str, sizes))} "
     options += f"--seed {seed} {flags.recipe} {flags.flags}"
-    folder = flags.cache / hashlib.sha256(f"{flags.embeddings} {options}".encode()).hexdigest()[:16]
+    folder = flags.cache / hashlib.sha256(f"{digest(flags.embeddings)} {options}".encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    if not (source := folder / "C_items_with_embeddings.parquet").exists():
-        source.symlink_to(flags.embeddings.resolve())
+    source = folder / "C_items_with_embeddings.parquet"
+    source.unlink(missing_ok=True)
+    source.symlink_to(flags.embeddings.resolve())
     command = [sys.executable, ROOT / "train_rqvae.py", *shlex.split(f"{options} {collisions}")]
     command += ["--category", "C", "--data_dir", folder, "--checkpoint_dir", folder]
     done = subprocess.run(command, env=os.environ | {"WANDB_MODE": "disabled"}, capture_output=True, text=True)
@@ -323,12 +330,16 @@ def ids_of(name: str, sizes: list[int], seed: int, dataset: train_rqvae.Embeddin
 
 
 def text_neighbours(x: Tensor, rows: Rows) -> dict[str, float]:
-    """Figures of ranking all items by the cosines of x (N, D) to the last item, which itself is left out."""
+    """Figures of ranking all items by the cosines of x (N, D) to the last item, which itself is left out.
+
+    Of equal cosines, the first item comes first.
+    """
     x, every = F.normalize(x), torch.arange(len(rows.target))
     last = rows.history[every, rows.lengths - 1]
     cosines = x[last] @ x.T
     cosines[every, last] = -1
-    return figures_of((cosines > cosines[every, rows.target].unsqueeze(1)).sum(1).float())
+    own, earlier = cosines[every, rows.target].unsqueeze(1), torch.arange(len(x)) < rows.target.unsqueeze(1)
+    return figures_of(((cosines > own) | (cosines == own) & earlier).sum(1).float())
 
 
 def judge(name: str, sizes: list[int], seed: int, dataset: train_rqvae.EmbeddingDataset, splits, flags) -> dict:
@@ -372,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=3000, help="of the recommender (%(default)s)")
     add("--recipe", default="--batch_size 1024 --max_steps 1500 --max_lr 1e-2", help="of train_rqvae.py (%(default)s)")
     add("--flags", default="", help="more flags of train_rqvae.py")
-    add("--cache", type=Path, help="folder to keep our models in; another one for another train_rqvae.py")
+    add("--cache", type=Path, help="folder to keep our models in; a new one for a changed train_rqvae.py")
     add("--results", type=Path, help="file of json lines: runs are added, and those that it has are not done again")
     flags = parser.parse_args(argv)
     flags.ids = {name: Path(path) for name, path in (pair.split("=", 1) for pair in flags.ids)}
@@ -389,7 +400,8 @@ def main(argv: list[str] | None = None) -> None:
         if (sizes == []) != (name in SHAPELESS or name in flags.ids):
             continue
         system = " ".join([name, " x ".join(map(str, sizes)), flags.flags if name.startswith("ours") else ""]).strip()
-        run = f"{flags.histories.stem}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
+        files = [flags.embeddings, flags.histories, *([flags.ids[name]] if name in flags.ids else [])]
+        run = f"{digest(*files)}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
         if run not in done:
             done[run] = {"run": run, "system": system} | judge(name, sizes, seed, dataset, splits, flags)
             if flags.results:
