@@ -94,7 +94,7 @@ BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named h
     "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
     "codebook_embedding_dim": (1, 2**14), "codebook_quantization_levels": (1, 64), "codebook_size": (2, 2**16),
     "commitment_weight": (0, MANY), "max_lr": (1e-12, MANY), "min_lr": (0, MANY), "warmup_steps": (0, MANY),
-    "gradient_clip_norm": (0, MANY), "input_noise": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
+    "gradient_clip_norm": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
     "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
 SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not saved, so that a resumed run writes equal bytes
@@ -143,7 +143,6 @@ class RQVAEConfig:
     )
     warmup_steps: int = HfArg(default=100, help="Steps of the linear rise of the learning rate (at most half of all).")
     gradient_clip_norm: float = HfArg(default=1.0, help="Largest gradient norm; 0 for no clipping.")
-    input_noise: float = HfArg(default=0.5, help="Noise on the inputs, in standard deviations; it falls to 0.")
     input_mixing: float = HfArg(default=0.1, help="Mix inputs in pairs, weights from Beta(a, a); 0 for none.")
 
     use_kmeans_init: bool = HfArg(default=True, help="Start the codes from k-means of an autoencoder's latents.")
@@ -558,8 +557,8 @@ class RQVAE(nn.Module):
         return Quantized(torch.stack(codes, dim=1), self.estimator(latents, sum(vectors)), sum(losses))
 
     @torch.no_grad()
-    def search(self, latents: Tensor, target: Tensor, width: int) -> Tensor:
-        """Codes of the ID that decodes nearest to target (B, D), among `width` candidates: latents (B, E) -> (B, L).
+    def search(self, latents: Tensor, x: Tensor, width: int) -> Tensor:
+        """Codes of the ID that decodes nearest to x (B, D), among `width` candidates: latents (B, E) -> (B, L).
 
         A beam search, as in Babenko and Lempitsky's additive quantization (CVPR 2014): each level keeps the `width`
         prefixes (W) with the smallest residuals. The decoded error ranks the candidates, because distances between
@@ -576,20 +575,20 @@ class RQVAE(nn.Module):
             codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
             residuals = residuals.gather(1, prefix.expand(-1, -1, book.shape[1])) - book[code]
         decoded = self.decode(latents.unsqueeze(1) - residuals)  # (B, W, D), the largest tensor here
-        difference = decoded.sub_(target.to(decoded.dtype).unsqueeze(1))
+        difference = decoded.sub_(x.to(decoded.dtype).unsqueeze(1))
         nearest = torch.linalg.vector_norm(difference, dim=2, dtype=torch.float32).argmin(1)  # (B)
         return codes[torch.arange(len(codes), device=codes.device), nearest]
 
-    def forward(self, x: Tensor, target: Tensor, search_width: int) -> tuple[Tensor, Tensor | None]:
-        """Reconstruct target (B, D) from x (B, D). Returns the loss terms (3), total, reconstruction and vq, and codes.
+    def forward(self, x: Tensor, search_width: int) -> tuple[Tensor, Tensor | None]:
+        """Reconstruct x (B, D). Returns the loss terms (3), total, reconstruction and vq, and codes.
 
         The codes (B, L) are the best of `search_width` IDs; 1 takes the nearest codes, 0 none: a plain autoencoder.
         """
         latents, codes, vq = self.encode(x), None, torch.zeros((), device=x.device)
         if search_width:
-            searched = self.search(latents, target, search_width) if search_width > 1 else None
+            searched = self.search(latents, x, search_width) if search_width > 1 else None
             codes, latents, vq = self.quantize(latents, searched)
-        errors = F.mse_loss(self.decode(latents).float(), target, reduction="none").mean(1)  # (B)
+        errors = F.mse_loss(self.decode(latents).float(), x, reduction="none").mean(1)  # (B)
         reconstruction = robust_loss(errors)
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
@@ -735,7 +734,7 @@ def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, fl
     terms = torch.zeros(3, device=embeddings.device)
     for rows in val_rows.split(chunk_rows(embeddings.device, TRAINING_SEARCH_WIDTH)):
         x = model.standardise(embeddings[rows])
-        terms += model(x, x, TRAINING_SEARCH_WIDTH)[0] * (len(rows) / len(val_rows))
+        terms += model(x, TRAINING_SEARCH_WIDTH)[0] * (len(rows) / len(val_rows))
     _, codes, norms = encode_catalogue(model, embeddings, TRAINING_SEARCH_WIDTH)
     model.train()
     codes = gathered(codes).numpy()
@@ -877,12 +876,11 @@ def learning_rate(step: int, total_steps: int, config: RQVAEConfig) -> float:
     return config.min_lr + (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
-def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tensor, Tensor]:
-    """Standardised training inputs and targets (B, D) of embeddings x (B, D) as stored.
+def mix(x: Tensor, model: RQVAE, mixing: float) -> Tensor:
+    """Standardised training inputs (B, D) of embeddings x (B, D) as stored.
 
     Against overfitting of a small catalogue: pairs are mixed with weights from Beta(mixing, mixing), as in mixup
-    (arXiv:1710.09412), and stretched to their former variance. The inputs, not the targets, get normal noise, as in a
-    denoising autoencoder.
+    (arXiv:1710.09412), and stretched to their former variance.
     """
     stretch = 1 / model.input_scale
     if mixing and len(x) > 1:
@@ -891,12 +889,11 @@ def augment(x: Tensor, model: RQVAE, noise: float, mixing: float) -> tuple[Tenso
         share = beta.sample((len(x), 1)).to(x)  # (B, 1)
         x = torch.lerp(x.roll(1, dims=0), x, share)
         stretch = stretch / (share.square() + (1 - share).square()).sqrt()
-    target = (x - model.input_mean).mul_(stretch)
-    return torch.normal(target, noise) if noise else target, target
+    return (x - model.input_mean).mul_(stretch)
 
 
 def train_step(
-    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, noise: float, search_width: int
+    model: RQVAE, optimizers: list[Optimizer], embeddings: Tensor, rows: Tensor, search_width: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One optimizer step on `rows` (R) of embeddings (N, D). It never waits for the GPU.
 
@@ -906,8 +903,8 @@ def train_step(
     batch_size = min(max(1, config.batch_size // WORLD), ROWS_PER_PASS[embeddings.device.type])
     terms, codes = torch.zeros(3, device=embeddings.device), []
     for batch in rows.tensor_split(math.ceil(len(rows) / batch_size)):  # of equal sizes, so that each has rows to mix
-        inputs, target = augment(embeddings.index_select(0, batch), model, noise, config.input_mixing)
-        batch_terms, batch_codes = model(inputs, target, search_width)
+        x = mix(embeddings.index_select(0, batch), model, config.input_mixing)
+        batch_terms, batch_codes = model(x, search_width)
         batch_terms = batch_terms * (len(batch) / len(rows))
         batch_terms[0].backward()
         terms += batch_terms.detach()
@@ -1054,12 +1051,11 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
             rate = learning_rate(step - 1, total, config)
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
-            noise = config.input_noise * (1 - (step - 1) / total)  # 0 at the end, for the codes to settle
             is_quantizing = step > plan.autoencoder_steps
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
             if not is_quantizing:
                 width = 0  # a plain autoencoder
-            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, noise, width)
+            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
                 state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, codes.T, ones))

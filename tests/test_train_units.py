@@ -300,12 +300,12 @@ def test_search_does_not_depend_on_the_other_items(model, x):
     assert (alone == model.encode_to_semantic_ids(x)[:50]).float().mean() > 0.99  # near ties may turn
 
 
-def test_losses_are_of_the_codes_that_decode_nearest_to_the_target(model, x):
-    inside, target = model.standardise(x), model.standardise(x.flip(0))
-    codes = model(inside, target, 4)[1]
-    assert torch.equal(codes, model.search(model.encode(inside), target, 4))
-    assert not torch.equal(codes, model(inside, inside, 4)[1])
-    assert torch.equal(model(inside, target, 1)[1], model.quantize(model.encode(inside)).codes)
+def test_losses_are_of_the_codes_that_decode_nearest(model, x):
+    inside = model.standardise(x)
+    codes, nearest = model(inside, 4)[1], model.quantize(model.encode(inside)).codes
+    assert torch.equal(codes, model.search(model.encode(inside), inside, 4))
+    assert torch.equal(model(inside, 1)[1], nearest)
+    assert not torch.equal(codes, nearest)
 
 
 # ---------------------------------------------------------------- the model
@@ -314,33 +314,32 @@ def test_losses_are_of_the_codes_that_decode_nearest_to_the_target(model, x):
 @pytest.mark.parametrize("beta", [0.0, 2.0])
 def test_total_loss_is_the_sum_of_its_terms(x, beta):
     model = started_model(x, commitment_weight=beta).requires_grad_(False)
-    inside, other = model.standardise(x), model.standardise(2 * x.flip(0))
+    inside = model.standardise(x)
     latents = model.encode(inside)
-    for target, width in itertools.product((inside, other), (1, 4)):
-        (total, reconstruction, vq), codes = model(inside, target, width)
+    for width in (1, 4):
+        (total, reconstruction, vq), codes = model(inside, width)
         sums = [model.decode_levels(codes[:, :length]) for length in range(1, LEVELS + 1)]
         distances = sum((latents - each).square().mean() for each in sums)
         assert vq.item() == pytest.approx((1 + beta) * distances.item(), rel=1e-4)
         assert total.item() == pytest.approx(reconstruction.item() + vq.item(), rel=1e-5)
-        off = model.standardise(model.decode_from_semantic_ids(codes)) - target
+        off = model.standardise(model.decode_from_semantic_ids(codes)) - inside
         assert reconstruction.item() == pytest.approx(reconstruction_loss(off), rel=1e-4)
 
 
 def test_plain_autoencoder_loss_has_no_quantization_in_it(model, x):
-    x, target = model.standardise(x), model.standardise(x.flip(0))
-    (total, reconstruction, vq), codes = model(x, target, 0)
+    x = model.standardise(x)
+    (total, reconstruction, vq), codes = model(x, 0)
     assert codes is None
     assert vq == 0
     assert total == reconstruction
-    assert total.item() == pytest.approx(reconstruction_loss(model.decode(model.encode(x)) - target), rel=1e-4)
+    assert total.item() == pytest.approx(reconstruction_loss(model.decode(model.encode(x)) - x), rel=1e-4)
 
 
 @pytest.mark.parametrize("changes", QUANTIZERS)
 def test_every_parameter_gets_a_gradient(x, changes):
     model = started_model(x, **changes).train()
     before = [quantizer.codebook.detach().clone() for quantizer in model.quantizers]
-    inside = model.standardise(x)
-    model(inside, inside, 4)[0][0].backward()
+    model(model.standardise(x), 4)[0][0].backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.abs().sum() > 0, name
@@ -455,7 +454,7 @@ def test_reset_moves_unused_codes_onto_residuals_and_nothing_else(x, ema):
     model = started_model(x, use_ema_vq=ema, codebook_size=[SIZE, SIZE, 5]).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(3):
-        train_rqvae.train_step(model, [optimizer], x, torch.arange(300), 0.0, 4)
+        train_rqvae.train_step(model, [optimizer], x, torch.arange(300), 4)
     usage = torch.ones(LEVELS, SIZE, dtype=torch.int64)
     usage[0, [1, 4, 6]] = usage[1, 7] = usage[2, 5:] = 0
     before, batch = tensors_of(model), x[50:52]  # fewer items than unused codes
@@ -549,7 +548,7 @@ def train_idly(x, tmp_path, monkeypatch):
     def run(n: int, **changes) -> tuple[Tensor, list[int], list[int]]:
         rows, widths, resets = [], [], []
 
-        def step(model, optimizers, embeddings, batch, noise, search_width):
+        def step(model, optimizers, embeddings, batch, search_width):
             rows.append(batch)
             widths.append(search_width)
             codes = torch.zeros(len(batch), LEVELS, dtype=torch.int64) if search_width else None
@@ -588,41 +587,32 @@ def test_training_turns_from_autoencoder_to_nearest_codes_to_searched_codes(trai
 # ---------------------------------------------------------------- a step
 
 
-def augmented(x: Tensor, noise: float, mixing: float) -> tuple[Tensor, Tensor, RQVAE]:
-    """Inputs and targets on the scale of x, and the model that gives the scale."""
+def mixed_inputs(x: Tensor, mixing: float) -> tuple[Tensor, RQVAE]:
+    """Inputs of the encoder, standardised, and the model that gives the scale."""
     model = RQVAE(tiny_config(item_embedding_dim=x.shape[1]))
     train_rqvae.fit_standardisation(model, x, torch.arange(len(x)))
-    inside = train_rqvae.augment(x, model, noise, mixing)
-    noisy, target = (each * model.input_scale + model.input_mean for each in inside)
-    return noisy, target, model
+    return train_rqvae.mix(x, model, mixing), model
 
 
-def test_noise_has_the_asked_size_and_is_not_in_the_target():
-    x = 4 * clusters(4000, dim=70) + 2
-    noisy, target, model = augmented(x, 0.5, 0.0)
-    assert torch.allclose(target, x, atol=1e-5)
-    noise = (noisy - x) / model.input_scale
-    assert noise.square().mean().item() == pytest.approx(0.25, rel=0.02)
-    assert noise.mean().item() == pytest.approx(0, abs=0.01)
-    assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max().item() < 0.1  # no dimension goes with another
-    assert torch.corrcoef(noise[:500]).fill_diagonal_(0).abs().max().item() < 0.8  # nor an item with another
+def test_inputs_that_are_not_mixed_are_standardised_embeddings():
+    x = clusters(300) + 2
+    inside, model = mixed_inputs(x, 0.0)
+    assert torch.allclose(inside, model.standardise(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("mixing", [0.3, 10.0])
 def test_mixing_keeps_mean_and_variance(mixing):
     x = clusters(20_000)[torch.randperm(20_000)] + 1
-    noisy, target, model = augmented(x, 0.0, mixing)
-    assert torch.equal(noisy, target)
-    assert not torch.allclose(target, x, atol=0.1)
-    inside = model.standardise(target)
+    inside, model = mixed_inputs(x, mixing)
+    assert not torch.allclose(inside, model.standardise(x), atol=0.1)
     assert inside.square().mean().item() == pytest.approx(1, rel=0.05)
     assert inside.mean(0).abs().max().item() < 0.1
 
 
 def test_mixing_stays_on_the_line_between_two_items_of_the_batch():
     x = clusters(30)
-    _, target, model = augmented(x, 0.0, 0.5)
-    mixed, centred = ((each - model.input_mean).double() for each in (target, x))
+    inside, model = mixed_inputs(x, 0.5)
+    mixed, centred = inside.double(), model.standardise(x).double()
     other = torch.arange(30).expand(30, 30)[~torch.eye(30, dtype=torch.bool)].reshape(30, 29)
     pairs = torch.stack([centred[:, None].expand(-1, 29, -1), centred[other]], dim=-1)  # (30, 29, D, 2)
     goal = mixed[:, None, :, None].expand(-1, 29, -1, -1)
@@ -643,7 +633,7 @@ def test_small_batches_equal_one_large_batch(x, changes):
         terms, generator = [], torch.Generator().manual_seed(0)
         for _ in range(5):
             rows = torch.randperm(300, generator=generator)
-            losses, codes, norm = train_rqvae.train_step(model, [optimizer], x, rows, 0.0, 4)
+            losses, codes, norm = train_rqvae.train_step(model, [optimizer], x, rows, 4)
             terms.append(torch.cat([losses, norm.reshape(1)]))
             assert codes.shape == (300, LEVELS)
         found.append((tensors_of(model), torch.stack(terms)))
@@ -658,7 +648,7 @@ def test_step_uses_the_clipped_gradient_and_returns_its_norm_before(x, clip):
     model = started_model(x, gradient_clip_norm=clip)
     before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    norm = train_rqvae.train_step(model, [optimizer], x, torch.arange(300), 0.0, 4)[2].item()
+    norm = train_rqvae.train_step(model, [optimizer], x, torch.arange(300), 4)[2].item()
     moved = torch.nn.utils.parameters_to_vector(model.parameters()).detach() - before
     assert norm > 0.01
     assert moved.norm().item() == pytest.approx(min(norm, clip or math.inf), rel=1e-3)
@@ -670,7 +660,7 @@ def test_autoencoder_steps_leave_the_codebooks_alone(x, ema):
     model = RQVAE(tiny_config(use_ema_vq=ema)).train()
     before = tensors_of(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    assert train_rqvae.train_step(model, [optimizer], x, torch.arange(300), 0.0, 0)[1] is None
+    assert train_rqvae.train_step(model, [optimizer], x, torch.arange(300), 0)[1] is None
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == (name.startswith("quantizers") or "input" in name), name
 
@@ -715,7 +705,7 @@ def test_validation_is_over_the_held_out_rows_and_the_whole_catalogue():
     model, rows = started_model(x).train(), torch.arange(1300, 2500)
     with torch.no_grad():
         inside = model.standardise(x[rows])
-        losses = model(inside, inside, train_rqvae.TRAINING_SEARCH_WIDTH)[0].tolist()
+        losses = model(inside, train_rqvae.TRAINING_SEARCH_WIDTH)[0].tolist()
         codes = model.encode_to_semantic_ids(x, train_rqvae.TRAINING_SEARCH_WIDTH)
         residuals = model.encode(model.standardise(x)) - model.decode_levels(codes)
     ids = train_rqvae.code_statistics(codes.numpy())

@@ -4,7 +4,7 @@
     python tests/bench/bench_recommender.py --embeddings OUT/Office_items_with_embeddings.parquet \\
         --histories OUT/Office_histories.parquet --results OUT/office.jsonl
     python tests/bench/bench_recommender.py ... --systems "one token" ours --codebook_sizes 1024 256 --seeds 0
-    python tests/bench/bench_recommender.py ... --systems ours --flags "--input_noise 0" --ids mine=OUT/mine.parquet
+    python tests/bench/bench_recommender.py ... --systems ours --flags "--input_mixing 0" --ids mine=OUT/mine.parquet
 
 Embeddings: parent_asin, embedding. Histories: split (train, valid, test), history (parent_asin in order of time) and
 target, what came next in valid and test. Learned from: every position of the train histories, nothing else.

@@ -74,7 +74,7 @@ def our_step(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable
     optimizers = train_rqvae.make_optimizers(model, config.max_lr)
     train_rqvae.start_quantizing(model, x, rows[:4096], config.batch_size)
     rows = torch.randperm(len(x), device=x.device)[: config.batch_size]
-    return lambda: train_rqvae.train_step(model, optimizers, x, rows, config.input_noise, width)
+    return lambda: train_rqvae.train_step(model, optimizers, x, rows, width)
 
 
 def bare_products(config: train_rqvae.RQVAEConfig, x: Tensor, width: int) -> Callable[[], object]:
