@@ -52,9 +52,9 @@ if os.name == "posix":
 TOKENS, CATALOGUE, OUTPUT = "tokenized.npz", "items_updated.parquet", "items_with_embeddings.parquet"
 FORMAT_VERSION = 3  # of the npz
 TOKENS_PER_BATCH = {"cuda": 32768, "mps": 8192, "cpu": 4096}  # many to fill a GPU, few to fit in a CPU's caches
-TEXTS_CHECKED = 8  # texts cut into tokens once more, to compare the two
+TEXTS_CHECKED = 8  # texts tokenized again, to compare with the npz
 GOOD_AGREEMENT = 0.999  # cosine of a vector made alone and the same one made in a batch
-UNUSED = "pooler."  # a layer of models like BERT that no pooling here reads
+POOLER = "pooler."  # a layer of models like BERT that no pooling here reads
 MIN_PREFIX = 8  # tokens; a shorter prefix saves less time than it costs
 ROWS_PER_GROUP = 8192  # rows per row group of the output, and rows of a parquet file in memory at once
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
@@ -176,7 +176,7 @@ class Tokens(NamedTuple):
     model_name: str
     instruction: str
     fingerprint: str  # of the whole catalogue
-    tokenizer: str  # SHA-256 over the tokenizer's files and settings
+    tokenizer: str  # SHA-256 over what the tokenizer does
     max_length: int
 
 
@@ -213,7 +213,7 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
 
 
 def read_earlier(config: EmbedConfig, n: int, total: int) -> dict[str, str]:
-    """Metadata of the earlier output, if any; ends the run if n of the catalogue's `total` items may not replace it."""
+    """Metadata of the earlier output, if any; ends the run if it may not be replaced by n of `total` items."""
     path, earlier, columns = config.path(OUTPUT), {}, []
     with suppress(*UNREADABLE):  # there is none, or nothing to keep
         earlier, columns = pl.read_parquet_metadata(path), pl.scan_parquet(path, glob=False).collect_schema()
@@ -292,24 +292,16 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model; ends the run if its files lack weights that the vectors depend on."""
-    flag, way_out = f"--model_name {name}", "download it there again"
+    flag, way_out = f"--model_name {name}", "download it again (git lfs pull in a clone), or choose another model"
     if not Path(name).is_dir():
         way_out = "check the name and the network, or give a local folder"
         print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
     # weights of another shape are then listed instead of raised
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     with fail_on(Exception, flag, "no model can be loaded from there", way_out):
-        try:
-            model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
-        except Exception as error:
-            if "trust_remote_code" in str(error):
-                fail(flag, "it needs code of its own, which is not supported", "choose another model")
-            for path in filter(Path.is_file, Path(name).glob("*.*")):
-                if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-                    fail(flag, f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there")
-            raise
+        model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
     unset = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # now random numbers
-    if missing := sorted(key for key in unset if not key.startswith(UNUSED)):
+    if missing := sorted(key for key in unset if not key.startswith(POOLER)):
         trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     if getattr(model.config, "auto_map", None):
@@ -323,7 +315,7 @@ def weights_digest(model: PreTrainedModel) -> str:
     settings = {name: value for name, value in model.config.to_dict().items() if name not in ignored}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
-        if not name.startswith(UNUSED):
+        if not name.startswith(POOLER):
             digest.update(name.encode())
             digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
@@ -450,12 +442,12 @@ def check_vectors(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -
 class Store:
     """Finished vectors (N, D) on disk, until the output is complete.
 
-    A folder for each recipe, which is all that the vectors depend on. In it a sparse float32 file for each process,
-    zero where that process has embedded nothing.
+    A folder for each catalogue and recipe. In it a sparse float32 file for each process, zero where that process has
+    embedded nothing.
     """
 
-    def __init__(self, output: Path, recipe: dict[str, str], n: int, dim: int):
-        digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+    def __init__(self, output: Path, metadata: dict[str, str], n: int, dim: int):
+        digest = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:16]
         self.folder = output.with_name(f".{output.name}.partial") / digest
         self.shape, self.row_bytes = (n, dim), 4 * dim
 
@@ -601,7 +593,7 @@ def main(argv: list[str] | None = None) -> None:
                 return
             config.reuse = True  # only other columns have changed
 
-        # of equal texts, only the first row is embedded: hashes, first (M), inverse (N)
+        # each distinct text is embedded once, in its first row: hashes, first (M); inverse (N), the text of a row
         hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
         plan = [None]  # rank 0 sends its batches in place of None
         if RANK == 0:

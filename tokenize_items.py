@@ -31,7 +31,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
 FORMAT_VERSION = 3
-MAX_LENGTH = 2048  # of models that declare no length
+MAX_LENGTH = 2048  # by default also where a model declares more
 TEXTS_PER_CALL = 2048  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
 ROOM = "free disk space or get write access there, or choose another --data_dir"
@@ -53,7 +53,7 @@ class TokenizeConfig:
     )
     max_length: int | None = HfArg(
         default=None,
-        help="Maximum tokens of an item, instruction included; by default 2048, or what the model declares.",
+        help="Maximum tokens of an item, instruction included; by default what the model declares, at most 2048.",
     )
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
 
@@ -129,20 +129,12 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    flag, way_out = f"--model_name {name}", "download it there again"
+    flag, way_out = f"--model_name {name}", "download it again (git lfs pull in a clone), or choose another model"
     if not Path(name).is_dir():
         way_out = "check the name and the network, or give a local folder"
         print(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
     with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:
-            if "trust_remote_code" in str(error):
-                fail(flag, "it needs code of its own, which is not supported", "choose another model")
-            for path in filter(Path.is_file, Path(name).glob("*.*")):
-                if path.stat().st_size < 1000 and path.read_bytes().startswith(b"version https://git-lfs"):
-                    fail(flag, f"{path.name} is a Git LFS pointer, not the file itself", "run git lfs pull there")
-            raise
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
     if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
         fail(flag, "has no fast tokenizer (tokenizer.json)", "put the file there, or choose another model")
@@ -150,7 +142,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Sets max_length, and warns where the tokens differ from what the model's files declare; text: an item's."""
+    """Sets max_length; warns if the end token or the prompt is not what the model declares. text: the first item's."""
     declared, length, prompts = {}, 0, {}
     for name in ("tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
         path = f"{config.model_name}/{name}"
@@ -164,10 +156,10 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
         with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
             declared |= json.loads(Path(file).read_text("utf-8"))
             length, prompts = int(declared.get("max_seq_length") or 0), dict(declared.get("prompts") or {})
-    limit = tokenizer.model_max_length  # 10**30 where there is none
-    config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
-    limit = f"at most {limit}" if limit < 10**9 else "any length"
-    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {limit}")
+    default, limit = min(length or MAX_LENGTH, MAX_LENGTH), tokenizer.model_max_length  # 10**30 where there is none
+    config.max_length = min(config.max_length or default, limit)
+    reads = f"at most {limit}" if limit < 10**9 else "any length"
+    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {reads}")
 
     # tokenizer.json alone decides whether transformers adds an end token
     if declared.get("add_eos_token") and tokenizer("x")["input_ids"][-1:] != [tokenizer.eos_token_id]:

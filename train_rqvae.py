@@ -5,8 +5,8 @@ Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
         data/output/{category}_semantic_ids.parquet            one distinct ID an item
         data/output/{category}_quality.json                    the figures of the closing report
 
-    python train_rqvae.py --category Video_Games                                    # the full run, on a GPU
-    python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 --max_lr 1e-2  # on a CPU
+    python train_rqvae.py --category Video_Games                                    # 20,000 epochs, for a GPU
+    python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 --max_lr 1e-2  # thousands of items
     python train_rqvae.py --category Video_Games --resume                           # go on after a stop
     python train_rqvae.py --category Video_Games --export_only                      # IDs from best_model.pth
     python train_rqvae.py --category Video_Games --export_only \\
@@ -77,7 +77,7 @@ DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstruction
 ROWS_READ = 2**13  # rows of the parquet file in memory at once
 
 # keeping IDs and report
-KEPT_ERROR = 1.05  # an item moves if another ID decodes with an error this many times smaller
+MOVE_RATIO = 1.05  # an item moves if another ID decodes with an error this many times smaller
 MIN_ERROR = 1e-3  # share of the variance; smaller errors count as this
 RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of held-out ones
 RETRAIN_ITEMS = 30  # fewer new items prove nothing
@@ -97,7 +97,7 @@ BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named h
     "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
 SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not saved, so that a resumed run writes equal bytes
-FREE_FIELDS = {  # may change with --resume
+FREE_FIELDS = {  # may change with --resume and --export_only
     "data_dir", "checkpoint_dir", "num_rows", "device", "dtype", "num_epochs", "max_steps", "steps_per_train_log",
     "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
 }  # fmt: skip
@@ -276,8 +276,9 @@ def gathered(rows: Tensor) -> Tensor:
 
 def copy_from_rank_0(model: nn.Module) -> None:
     """Give every process the weights and buffers of rank 0."""
-    for values in model.state_dict().values() if WORLD > 1 else ():
-        dist.broadcast(values, 0)
+    if WORLD > 1:
+        for values in model.state_dict().values():
+            dist.broadcast(values, 0)
 
 
 def choose_dtype(device: torch.device) -> str:
@@ -505,7 +506,7 @@ class RQVAE(nn.Module):
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
-        self.metrics: dict[str, float] = {}  # of the last validation
+        self.metrics: dict[str, float] = {}  # last logged
         dim, latent_dim = config.item_embedding_dim or 1024, config.codebook_embedding_dim
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
@@ -568,7 +569,7 @@ class RQVAE(nn.Module):
             prefix, code = (best // len(book)).unsqueeze(2), best % len(book)
             codes = torch.cat([codes.gather(1, prefix.expand(-1, -1, codes.shape[2])), code.unsqueeze(2)], dim=2)
             residuals = residuals.gather(1, prefix.expand(-1, -1, book.shape[1])) - book[code]
-        decoded = self.decode(latents.unsqueeze(1) - residuals)  # (B, W, D), the largest tensor here
+        decoded = self.decode(latents.unsqueeze(1) - residuals)  # (B, W, D)
         difference = decoded.sub_(x.to(decoded.dtype).unsqueeze(1))
         nearest = torch.linalg.vector_norm(difference, dim=2, dtype=torch.float32).argmin(1)  # (B)
         return codes[torch.arange(len(codes), device=codes.device), nearest]
@@ -801,9 +802,6 @@ def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict |
             fail(path, trouble, way_out)
         print0(f"going on from {path}")
         return checkpoint
-    with suppress(ValueError):  # a model that was not finished may be replaced
-        if trouble := config.final_path.exists() and mismatch(read_checkpoint(config.best_path), config, checksum):
-            fail(config.best_path, trouble, way_out)
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None
 
@@ -821,7 +819,7 @@ class Plan(NamedTuple):
 
     train_rows: Tensor  # (M)
     val_rows: Tensor  # (V)
-    rows_per_step: int
+    rows_per_step: int  # of this process
     steps_per_epoch: int
     total_steps: int
     autoencoder_steps: int  # the first ones, before k-means
@@ -1002,7 +1000,8 @@ class TrainingState:
         usage = "/".join(f"{value:.0%}" for name, value in self.metrics.items() if name.startswith("catalogue/usage"))
         line = "train loss {train/total_loss:.4g}, val loss {val/total_loss:.4g}, distinct {catalogue/distinct:.1%}"
         if RANK == 0:
-            tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}" + ", best" * is_best)
+            best = ", best" if is_best else ""
+            tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}{best}")
 
 
 def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, resumed: dict | None, run) -> bool:
@@ -1046,9 +1045,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
                 optimizer.param_groups[0]["lr"] = rate
             is_quantizing = step > plan.autoencoder_steps
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
-            if not is_quantizing:
-                width = 0  # a plain autoencoder
-            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width)
+            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width if is_quantizing else 0)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
                 state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, codes.T, ones))
@@ -1195,10 +1192,7 @@ def make_distinct(
     if collisions == "suffix":
         return add_suffix(codes, occupied)
     codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
-
-    def last_costs(rows: np.ndarray, prefix: np.ndarray) -> np.ndarray:
-        return last_code_errors(model, x[rows], prefix)
-
+    last_costs = lambda rows, prefix: last_code_errors(model, x[rows], prefix)  # noqa: E731
     return assign_distinct(latents, codes, codebooks, last_costs, occupied)
 
 
@@ -1250,7 +1244,7 @@ def best_free_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.nd
 
 
 def is_clearly_better(errors: np.ndarray, old_errors: np.ndarray) -> np.ndarray:
-    return KEPT_ERROR * np.maximum(errors, MIN_ERROR) < old_errors
+    return MOVE_RATIO * np.maximum(errors, MIN_ERROR) < old_errors
 
 
 def keep_or_assign(
@@ -1258,7 +1252,7 @@ def keep_or_assign(
 ) -> tuple[np.ndarray, np.ndarray]:
     """IDs (N, w) of embeddings x (N, D), with latents (N, E) and codes (N, L), and the IDs retired from now on (R, w).
 
-    An item keeps its ID unless a free ID below its encoded prefix decodes better by KEPT_ERROR. IDs of vanished and
+    An item keeps its ID unless a free ID below its encoded prefix decodes better by MOVE_RATIO. IDs of vanished and
     moved items are retired: nobody gets them again.
     """
     ids, levels = previous.ids.copy(), codes.shape[1]

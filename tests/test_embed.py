@@ -457,7 +457,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(with_earlier, tiny_encoder, tm
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     line = refused(main, flags(with_earlier, "--model_name", name), with_earlier)
     assert f"--model_name {name}: no model can be loaded from there" in line
-    assert ("give a local folder" if kind == "hub name" else "download it there again") in line
+    assert ("give a local folder" if kind == "hub name" else "download it again") in line
 
 
 def rename(prefix: str):
@@ -507,7 +507,7 @@ def test_a_git_lfs_pointer_is_named(with_earlier, tiny_encoder, tmp_path, refuse
     folder = copy_encoder(tiny_encoder, tmp_path / "clone")
     Path(folder, "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
     line = refused(main, flags(with_earlier, "--model_name", folder), with_earlier)
-    assert f"{folder}: model.safetensors is a Git LFS pointer" in line
+    assert f"{folder}: no model can be loaded from there" in line
     assert "git lfs pull" in line
 
 
@@ -517,7 +517,8 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(qwen3_dir, t
     Path(folder, "config.json").write_text(json.dumps(own))
     done = run_script("embed_items.py", *flags(qwen3_dir, "--model_name", folder), cwd=qwen3_dir)
     assert done.returncode == 2
-    assert "it needs code of its own, which is not supported" in complaint(done.stderr)
+    assert "contains custom code" in complaint(done.stderr)
+    assert "choose another model" in complaint(done.stderr)
     assert "[y/N]" not in done.stdout
 
 

@@ -421,7 +421,7 @@ def test_a_git_lfs_pointer_is_named(data_dir, tiny_encoder, tmp_path, refused):
     folder = shutil.copytree(tiny_encoder, tmp_path / "clone")
     (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     line = refused(main, flags(data_dir, folder), data_dir)
-    assert f"{folder}: tokenizer.json is a Git LFS pointer" in line
+    assert f"{folder}: no tokenizer can be loaded from there" in line
     assert "git lfs pull" in line
 
 
@@ -431,7 +431,8 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(data_dir, ti
     (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "c.Config"}}))
     done = run_script("tokenize_items.py", *flags(data_dir, folder), cwd=data_dir)
     assert done.returncode == 2
-    assert "it needs code of its own, which is not supported" in complaint(done.stderr)
+    assert "contains custom code" in complaint(done.stderr)
+    assert "choose another model" in complaint(done.stderr)
     assert "[y/N]" not in done.stdout + done.stderr
 
 

@@ -630,12 +630,14 @@ def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refu
     assert len(ids_of(copy)) == N
 
 
-def test_a_model_of_another_run_without_numbered_checkpoints_is_not_resumed(copy, trained, refused):
+@pytest.mark.parametrize("finished", [True, False])
+def test_resume_without_numbered_checkpoints_starts_over(copy, trained, capsys, finished):
     for path in (TEN, TWENTY, LAST):
         (copy / path).unlink()
-    assert "trained with --seed 42, not 1" in refused(copy, "--resume", seed=1)
-    (copy / FINAL).unlink()  # as after a kill in the first steps of the run with another seed
+    if not finished:
+        (copy / FINAL).unlink()  # as after a kill in the first steps of the run with another seed
     assert run(copy, "--resume", seed=1) == 0
+    assert "no sound checkpoint in checkpoints: starting from the beginning" in capsys.readouterr().out
     assert load(copy / BEST)["config"]["seed"] == 1
     assert run(copy, "--overwrite") == 0
     assert same_files(copy, trained)
@@ -998,7 +1000,7 @@ def test_logged_figures_are_those_of_the_model(watched):
         assert recorder.series(f"catalogue/perplexity_{level}")[24] == pytest.approx(perplexity)
     with torch.no_grad():
         held_out = models[FINAL].standardise(x[watched.plan.val_rows])
-        total = models[FINAL](held_out, held_out, train_rqvae.TRAINING_SEARCH_WIDTH)[0][0].item()
+        total = models[FINAL](held_out, train_rqvae.TRAINING_SEARCH_WIDTH)[0][0].item()
     assert recorder.series("val/total_loss")[24] == pytest.approx(total, rel=1e-4)
 
     (artifact,) = recorder.artifacts
