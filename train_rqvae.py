@@ -61,6 +61,7 @@ print0 = print if RANK == 0 else lambda *_, **__: None
 
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
+ERROR_SCALE = 0.5  # share of the variance; larger errors count by their logarithm
 ADAM_BETAS = (0.9, 0.95)  # 0.95 instead of 0.999, as runs on a CPU have only thousands of steps
 MAX_AUTOENCODER_STEPS = 1000
 KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
@@ -484,6 +485,11 @@ class EMAVectorQuantizer(VectorQuantizer):
 # ---------------------------------------------------------------- model
 
 
+def robust_loss(errors: Tensor) -> Tensor:
+    """Cauchy loss (alpha = 0 in Barron, arXiv:1701.03077) of the mean square errors (B) of items: ()."""
+    return RECONSTRUCTION_WEIGHT * ERROR_SCALE * (errors / ERROR_SCALE).log1p().mean()
+
+
 def mlp(sizes: list[int]) -> nn.Sequential:
     """Linear layers with a SiLU between each two."""
     layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
@@ -583,7 +589,8 @@ class RQVAE(nn.Module):
         if search_width:
             searched = self.search(latents, x, search_width) if search_width > 1 else None
             codes, latents, vq = self.quantize(latents, searched)
-        reconstruction = RECONSTRUCTION_WEIGHT * F.mse_loss(self.decode(latents).float(), x)
+        errors = F.mse_loss(self.decode(latents).float(), x, reduction="none").mean(1)  # (B)
+        reconstruction = robust_loss(errors)
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
@@ -1286,7 +1293,7 @@ def keeping_quality(model: RQVAE, x: Tensor, codes: np.ndarray, ids: np.ndarray,
     quality |= {"new": int(is_new.sum()), "vanished": len(previous.vanished)}
     if (~kept).sum() >= RETRAIN_ITEMS and model.config.val_split > 0:
         errors = decoded_errors(model, x[~kept], codes[~kept])
-        quality["loss_of_new_and_moved"] = RECONSTRUCTION_WEIGHT * float(errors.mean())
+        quality["loss_of_new_and_moved"] = robust_loss(torch.from_numpy(errors)).item()
         quality["held_out_loss"] = model.metrics["val/reconstruction_loss"]
     return quality
 

@@ -316,7 +316,7 @@ def test_figures_are_those_of_the_ids_that_were_written(folder, capsys):
     export(folder)
     model, new = load_model(folder), embeddings_of(table[N:])
     off = errors(model, new, encoded_ids(folder, table[N:])) / (DIM * model.input_scale.item() ** 2)
-    loss = train_rqvae.RECONSTRUCTION_WEIGHT * off.mean()
+    loss = train_rqvae.robust_loss(torch.from_numpy(off)).item()
     held_out = model.metrics["val/reconstruction_loss"]
     figures = {"kept": N, "moved": 0, "new": 200, "vanished": 0, "held_out_loss": held_out}
     assert keeping(folder) == figures | {"loss_of_new_and_moved": pytest.approx(loss, rel=1e-3)}

@@ -75,7 +75,8 @@ def model(x) -> RQVAE:
 
 def reconstruction_loss(difference) -> float:
     """Of standardised embeddings minus their reconstructions (B, D), in float64."""
-    return float(train_rqvae.RECONSTRUCTION_WEIGHT * (np.asarray(difference, dtype=np.float64) ** 2).mean())
+    errors, scale = (np.asarray(difference, dtype=np.float64) ** 2).mean(1), train_rqvae.ERROR_SCALE
+    return float(train_rqvae.RECONSTRUCTION_WEIGHT * scale * np.log(1 + errors / scale).mean())
 
 
 def tensors_of(model: RQVAE) -> dict[str, Tensor]:
