@@ -294,7 +294,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     """The model; ends the run if its files lack weights that the vectors depend on."""
     flag, way_out = f"--model_name {name}", "download it again (git lfs pull in a clone), or choose another model"
     if not Path(name).is_dir():
-        way_out = "check the name and the network, or give a local folder"
+        way_out = "check the name and the network, or choose another model"
         print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
     # weights of another shape are then listed instead of raised
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
@@ -495,7 +495,7 @@ def reuse(config: EmbedConfig, store: Store, other: list[str], hashes: np.ndarra
     """
     path, kept = config.path(OUTPUT), np.zeros(len(hashes), dtype=bool)
     if other:
-        trouble = f"not found, or made with other settings ({', '.join(other)})"
+        trouble = f"not found, damaged, or made with other settings ({', '.join(other)})"
         print(f"warning: no vector of {path} is kept: {trouble}", file=sys.stderr)
         return kept
     with fail_on(UNREADABLE, path, "not a readable parquet file", "delete it"):

@@ -131,7 +131,7 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     flag, way_out = f"--model_name {name}", "download it again (git lfs pull in a clone), or choose another model"
     if not Path(name).is_dir():
-        way_out = "check the name and the network, or give a local folder"
+        way_out = "check the name and the network, or choose another model"
         print(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
     with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

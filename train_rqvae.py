@@ -756,7 +756,8 @@ def read_checkpoint(path: Path) -> dict:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return {**checkpoint, "config": RQVAEConfig(**checkpoint["config"])}
+        fields = RQVAEConfig.__dataclass_fields__.keys() & checkpoint["config"].keys()  # not flags of an older script
+        return {**checkpoint, "config": RQVAEConfig(**{name: checkpoint["config"][name] for name in fields})}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
 
@@ -1546,7 +1547,7 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     if trained.num_rows not in (None, config.num_rows):
-        warn(f"{config.best_path} was trained on the first {trained.num_rows:,} items only")
+        warn(f"{config.best_path} was trained with --num_rows {trained.num_rows}")
     defaults = RQVAEConfig()
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(defaults, name)

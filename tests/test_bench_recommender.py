@@ -109,7 +109,7 @@ def test_histories(tmp_path, capsys):
     assert "1 of 2 train histories" in out
     assert "1 of 3 test histories" in out
     assert "left out 4 of 11 items" in out
-    with pytest.raises(SystemExit, match="know none of these embeddings"):
+    with pytest.raises(SystemExit, match="no train history of items with an embedding"):
         bench.read_histories(path, pl.Series("parent_asin", ["x"]))
 
 
@@ -179,9 +179,17 @@ def test_it_learns_what_follows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "judge", None)  # nothing is done again
     bench.main(argv)
     assert capsys.readouterr().out.splitlines() == lines
-    pl.DataFrame(ids | {"semantic_id_0": [0] * n}).write_parquet(tmp_path / "ids.parquet")
-    with pytest.raises(TypeError):  # other IDs in the same file are another run
-        bench.main(argv)
+    others = {
+        "ids.parquet": pl.DataFrame(ids | {"semantic_id_0": [0] * n}),
+        embeddings.name: pl.DataFrame({"parent_asin": names, "embedding": -vectors}),
+        "histories.parquet": pl.read_parquet(tmp_path / "histories.parquet").reverse(),
+    }
+    for name, table in others.items():
+        before = (tmp_path / name).read_bytes()
+        table.write_parquet(tmp_path / name)
+        with pytest.raises(TypeError):  # other contents of the same file are another run
+            bench.main(argv)
+        (tmp_path / name).write_bytes(before)
 
 
 def test_ids_of_an_item_that_occurs_twice_are_refused(tmp_path):

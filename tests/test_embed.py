@@ -457,7 +457,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(with_earlier, tiny_encoder, tm
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     line = refused(main, flags(with_earlier, "--model_name", name), with_earlier)
     assert f"--model_name {name}: no model can be loaded from there" in line
-    assert ("give a local folder" if kind == "hub name" else "download it again") in line
+    assert ("choose another model" if kind == "hub name" else "download it again") in line
 
 
 def rename(prefix: str):
@@ -1363,7 +1363,7 @@ def test_reuse_without_a_sound_output_embeds_all(daily, embedded, from_nothing, 
         path.write_bytes(damaged[kind])
     embedded.clear()
     main(flags(daily, "--reuse"))
-    assert f"no vector of {path} is kept: not found, or made with other settings (" in capsys.readouterr().err
+    assert f"no vector of {path} is kept: not found, damaged, or made with other settings (" in capsys.readouterr().err
     assert len(embedded) == DISTINCT
     assert files_of(daily) == expected
 

@@ -451,7 +451,7 @@ def test_a_model_without_a_usable_tokenizer_is_refused(data_dir, tiny_encoder, t
     line = refused(main, flags(data_dir, name), data_dir)
     assert f"--model_name {name}" in line
     assert "tokenizer" in line
-    assert ("give a local folder" in line) == (kind == "hub name")
+    assert ("check the name and the network" in line) == (kind == "hub name")
 
 
 def test_the_hub_is_named_before_the_wait_for_it(data_dir, refused, monkeypatch, capsys):

@@ -1258,11 +1258,20 @@ def test_a_model_of_another_category_is_used_with_a_warning(copy, capsys):
     assert pl.read_parquet(copy / IDS.replace("Tiny", "Other")).equals(ids_of(copy))
 
 
+def test_a_model_of_an_older_script_with_another_flag_is_used(copy):
+    checkpoint = load(copy / BEST)
+    checkpoint["config"]["input_noise"] = 0.5
+    torch.save(checkpoint, copy / BEST)
+    before = ids_of(copy)
+    assert run(copy, "--export_only") == 0
+    assert ids_of(copy).equals(before)
+
+
 def test_a_model_of_a_trial_is_used_with_a_warning(copy, capsys):
     assert run(copy, num_rows=200, checkpoint_dir="trial", collisions="keep", data_dir="data", overwrite=True) == 0
-    assert "first 200" not in capsys.readouterr().err
+    assert "trained with --num_rows" not in capsys.readouterr().err
     assert run(copy, "--export_only", checkpoint_dir="trial") == 0
-    assert "trained on the first 200 items only" in capsys.readouterr().err
+    assert "trained with --num_rows 200" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- disks, folders and numbers

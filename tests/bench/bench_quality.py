@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r tests/bench/requirements.txt
     python tests/bench/bench_quality.py OUT/Office_items_with_embeddings.parquet --max_steps 1500
     python tests/bench/bench_quality.py OUT/Debian_items_with_embeddings.parquet --max_steps 5859 \\
-        --ours "--max_lr 1e-2 --input_mixing 0.5 --steps_per_val_log 1000"
+        --ours "--max_lr 1e-2 --steps_per_val_log 1000"
 
 (make_debian_catalogue.py makes the second one.) Of every catalogue 5% of the rows, others for each seed, are
 shown to no system. All have 3 levels of 256 codes; the three networks have the same MLP and see as many items, in

@@ -89,9 +89,9 @@ def read_histories(path: Path, parent_asin: pl.Series) -> dict[str, Rows]:
             read, kept = read + len(history or []), kept + len(known)
             if len(known) > learn and (learn or target in number):
                 rows.append((torch.tensor(known[-MAX_ITEMS - learn :]), -1 if learn else number[target]))
-        print(f"{len(rows):,} of {len(given):,} {split} histories, the others have no item to read or to predict")
+        print(f"{len(rows):,} of {len(given):,} {split} histories have an item to read and one to predict")
         if not rows:
-            raise SystemExit(f"error: {path}: history (lists of parent_asin) and target know none of these embeddings")
+            raise SystemExit(f"error: {path}: no {split} history of items with an embedding; --help names its columns")
         history = nn.utils.rnn.pad_sequence([row[0] for row in rows], batch_first=True, padding_value=-1)
         splits[split] = Rows(history, (history >= 0).sum(1), torch.tensor([row[1] for row in rows]))
     print(f"left out {read - kept:,} of {read:,} items in them, which have no embedding")
@@ -293,7 +293,10 @@ def train_ours(sizes: list[int], collisions: str, seed: int, flags: argparse.Nam
     """The IDs, in a folder of --cache; where their model is there already, train_rqvae.py only writes them."""
     options = f"--codebook_quantization_levels {len(sizes)} --codebook_size {' '.join(map(str, sizes))} "
     options += f"--seed {seed} {flags.recipe} {flags.flags}"
-    folder = flags.cache / hashlib.sha256(f"{digest(flags.embeddings)} {options}".encode()).hexdigest()[:16]
+    folder = (
+        flags.cache
+        / hashlib.sha256(f"{digest(flags.embeddings, ROOT / 'train_rqvae.py')} {options}".encode()).hexdigest()[:16]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "C_items_with_embeddings.parquet"
     source.unlink(missing_ok=True)
@@ -337,7 +340,7 @@ def text_neighbours(x: Tensor, rows: Rows) -> dict[str, float]:
     x, every = F.normalize(x), torch.arange(len(rows.target))
     last = rows.history[every, rows.lengths - 1]
     cosines = x[last] @ x.T
-    cosines[every, last] = -1
+    cosines[every, last] = -math.inf
     own, earlier = cosines[every, rows.target].unsqueeze(1), torch.arange(len(x)) < rows.target.unsqueeze(1)
     return figures_of(((cosines > own) | (cosines == own) & earlier).sum(1).float())
 
@@ -383,10 +386,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--steps", type=int, default=3000, help="of the recommender (%(default)s)")
     add("--recipe", default="--batch_size 1024 --max_steps 1500 --max_lr 1e-2", help="of train_rqvae.py (%(default)s)")
     add("--flags", default="", help="more flags of train_rqvae.py")
-    add("--cache", type=Path, help="folder to keep our models in; a new one for a changed train_rqvae.py")
+    add("--cache", type=Path, help="folder to keep our models in")
     add("--results", type=Path, help="file of json lines: runs are added, and those that it has are not done again")
     flags = parser.parse_args(argv)
     flags.ids = {name: Path(path) for name, path in (pair.split("=", 1) for pair in flags.ids)}
+    if flags.ids.keys() & set(SYSTEMS):
+        parser.error(f"--ids {' '.join(flags.ids)}: not the name of a system")
     temporary = tempfile.TemporaryDirectory()
     flags.cache = flags.cache or Path(temporary.name)
 
@@ -400,8 +405,8 @@ def main(argv: list[str] | None = None) -> None:
         if (sizes == []) != (name in SHAPELESS or name in flags.ids):
             continue
         system = " ".join([name, " x ".join(map(str, sizes)), flags.flags if name.startswith("ours") else ""]).strip()
-        files = [flags.embeddings, flags.histories, *([flags.ids[name]] if name in flags.ids else [])]
-        run = f"{digest(*files)}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
+        own = [ROOT / "train_rqvae.py"] if name.startswith("ours") else [flags.ids[name]] if name in flags.ids else []
+        run = f"{digest(flags.embeddings, flags.histories, *own)}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
         if run not in done:
             done[run] = {"run": run, "system": system} | judge(name, sizes, seed, dataset, splits, flags)
             if flags.results:
