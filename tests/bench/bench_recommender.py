@@ -406,7 +406,8 @@ def main(argv: list[str] | None = None) -> None:
             continue
         system = " ".join([name, " x ".join(map(str, sizes)), flags.flags if name.startswith("ours") else ""]).strip()
         own = [ROOT / "train_rqvae.py"] if name.startswith("ours") else [flags.ids[name]] if name in flags.ids else []
-        run = f"{digest(flags.embeddings, flags.histories, *own)}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
+        data = digest(flags.embeddings, flags.histories, *own)
+        run = f"{data}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
         if run not in done:
             done[run] = {"run": run, "system": system} | judge(name, sizes, seed, dataset, splits, flags)
             if flags.results:
