@@ -32,7 +32,7 @@ from transformers.utils import cached_file
 
 FORMAT_VERSION = 3
 MAX_LENGTH = 2048  # by default also where a model declares more
-TEXTS_PER_CALL = 2048  # enough to keep all threads of the tokenizer busy
+TEXTS_PER_CALL = 512  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
 ROOM = "free disk space or get write access there, or choose another --data_dir"
 
