@@ -755,8 +755,8 @@ def read_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        fields = RQVAEConfig.__dataclass_fields__.keys() & checkpoint["config"].keys()  # not flags of an older script
+        checkpoint = {**torch.load(path, map_location="cpu", weights_only=True)}  # an error if it is no dict
+        fields = RQVAEConfig.__dataclass_fields__.keys() & checkpoint["config"].keys()  # an older script had others
         return {**checkpoint, "config": RQVAEConfig(**{name: checkpoint["config"][name] for name in fields})}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
@@ -875,13 +875,13 @@ def learning_rate(step: int, total_steps: int, config: RQVAEConfig) -> float:
     return config.min_lr + (config.max_lr - config.min_lr) * (1 + math.cos(math.pi * min(1, progress))) / 2
 
 
-def mix(x: Tensor, model: RQVAE, mixing: float) -> Tensor:
+def augment(x: Tensor, model: RQVAE) -> Tensor:
     """Standardised training inputs (B, D) of embeddings x (B, D) as stored.
 
-    Against overfitting of a small catalogue: pairs are mixed with weights from Beta(mixing, mixing), as in mixup
-    (arXiv:1710.09412), and stretched to their former variance.
+    Against overfitting of a small catalogue: pairs are mixed with weights from Beta(a, a), a = input_mixing, as in
+    mixup (arXiv:1710.09412), and stretched to their former variance.
     """
-    stretch = 1 / model.input_scale
+    mixing, stretch = model.config.input_mixing, 1 / model.input_scale
     if mixing and len(x) > 1:
         alpha = torch.full((), mixing, device="cpu" if x.device.type == "mps" else x.device)  # MPS has no Beta
         beta = torch.distributions.Beta(alpha, alpha, validate_args=False)  # validation would wait for the GPU
@@ -902,7 +902,7 @@ def train_step(
     batch_size = min(max(1, config.batch_size // WORLD), ROWS_PER_PASS[embeddings.device.type])
     terms, codes = torch.zeros(3, device=embeddings.device), []
     for batch in rows.tensor_split(math.ceil(len(rows) / batch_size)):  # of equal sizes, so that each has rows to mix
-        x = mix(embeddings.index_select(0, batch), model, config.input_mixing)
+        x = augment(embeddings.index_select(0, batch), model)
         batch_terms, batch_codes = model(x, search_width)
         batch_terms = batch_terms * (len(batch) / len(rows))
         batch_terms[0].backward()

@@ -503,7 +503,7 @@ def test_a_pooler_that_no_vector_needs_may_be_missing(bert_dir, tiny_bert, tmp_p
     assert "is complete already" in run_script("embed_items.py", *more, cwd=bert_dir).stdout  # the digest is the same
 
 
-def test_a_git_lfs_pointer_is_named(with_earlier, tiny_encoder, tmp_path, refused):
+def test_a_git_lfs_pointer_is_refused_with_a_way_out(with_earlier, tiny_encoder, tmp_path, refused):
     folder = copy_encoder(tiny_encoder, tmp_path / "clone")
     Path(folder, "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
     line = refused(main, flags(with_earlier, "--model_name", folder), with_earlier)

@@ -417,7 +417,7 @@ def test_a_tilde_is_the_home_folder(data_dir, tiny_encoder, monkeypatch):
     assert (data_dir / "Tiny_tokenized.npz").exists()
 
 
-def test_a_git_lfs_pointer_is_named(data_dir, tiny_encoder, tmp_path, refused):
+def test_a_git_lfs_pointer_is_refused_with_a_way_out(data_dir, tiny_encoder, tmp_path, refused):
     folder = shutil.copytree(tiny_encoder, tmp_path / "clone")
     (folder / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     line = refused(main, flags(data_dir, folder), data_dir)

@@ -906,10 +906,10 @@ def test_learning_rates_and_gradient_norms_follow_their_flags_step_by_step(watch
 
 @pytest.mark.parametrize("mixing", [0.0, 0.5])
 def test_input_mixing_reaches_the_training_inputs(folder, calls, mixing):
-    mixed = calls("mix")
+    mixed = calls("augment")
     assert run(folder, input_mixing=mixing) == 0
     assert len(mixed) == 24
-    for (x, model, *_), inputs in mixed:
+    for (x, model), inputs in mixed:
         assert torch.allclose(model.standardise(x), inputs, atol=1e-5) == (mixing == 0)
 
 
@@ -1268,7 +1268,7 @@ def test_a_model_of_an_older_script_with_another_flag_is_used(copy):
 
 
 def test_a_model_of_a_trial_is_used_with_a_warning(copy, capsys):
-    assert run(copy, num_rows=200, checkpoint_dir="trial", collisions="keep", data_dir="data", overwrite=True) == 0
+    assert run(copy, "--overwrite", num_rows=200, checkpoint_dir="trial") == 0
     assert "trained with --num_rows" not in capsys.readouterr().err
     assert run(copy, "--export_only", checkpoint_dir="trial") == 0
     assert "trained with --num_rows 200" in capsys.readouterr().err

@@ -589,9 +589,9 @@ def test_training_turns_from_autoencoder_to_nearest_codes_to_searched_codes(trai
 
 def mixed_inputs(x: Tensor, mixing: float) -> tuple[Tensor, RQVAE]:
     """Inputs of the encoder, standardised, and the model that gives the scale."""
-    model = RQVAE(tiny_config(item_embedding_dim=x.shape[1]))
+    model = RQVAE(tiny_config(item_embedding_dim=x.shape[1], input_mixing=mixing))
     train_rqvae.fit_standardisation(model, x, torch.arange(len(x)))
-    return train_rqvae.mix(x, model, mixing), model
+    return train_rqvae.augment(x, model), model
 
 
 def test_inputs_that_are_not_mixed_are_standardised_embeddings():

@@ -48,6 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / "train_rqvae.py"
 sys.path.insert(0, str(ROOT))
 import train_rqvae  # noqa: E402
 
@@ -293,15 +294,13 @@ def train_ours(sizes: list[int], collisions: str, seed: int, flags: argparse.Nam
     """The IDs, in a folder of --cache; where their model is there already, train_rqvae.py only writes them."""
     options = f"--codebook_quantization_levels {len(sizes)} --codebook_size {' '.join(map(str, sizes))} "
     options += f"--seed {seed} {flags.recipe} {flags.flags}"
-    folder = (
-        flags.cache
-        / hashlib.sha256(f"{digest(flags.embeddings, ROOT / 'train_rqvae.py')} {options}".encode()).hexdigest()[:16]
-    )
+    key = f"{digest(flags.embeddings, TRAIN)} {options}"
+    folder = flags.cache / hashlib.sha256(key.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "C_items_with_embeddings.parquet"
     source.unlink(missing_ok=True)
     source.symlink_to(flags.embeddings.resolve())
-    command = [sys.executable, ROOT / "train_rqvae.py", *shlex.split(f"{options} {collisions}")]
+    command = [sys.executable, TRAIN, *shlex.split(f"{options} {collisions}")]
     command += ["--category", "C", "--data_dir", folder, "--checkpoint_dir", folder]
     done = subprocess.run(command, env=os.environ | {"WANDB_MODE": "disabled"}, capture_output=True, text=True)
     if done.returncode:
@@ -400,14 +399,14 @@ def main(argv: list[str] | None = None) -> None:
     shapes, done, rows = flags.codebook_sizes or [[256, 256, 256], [1024, 1024]], {}, []
     if flags.results and flags.results.exists():
         done = {row["run"]: row for row in map(json.loads, flags.results.read_text().splitlines())}
+    made_by = {"ours": [TRAIN], "ours + suffix": [TRAIN]} | {name: [path] for name, path in flags.ids.items()}
     # seed after seed, so that a study that was stopped has every system
     for seed, sizes, name in itertools.product(flags.seeds, [[], *shapes], [*flags.systems, *flags.ids]):
         if (sizes == []) != (name in SHAPELESS or name in flags.ids):
             continue
         system = " ".join([name, " x ".join(map(str, sizes)), flags.flags if name.startswith("ours") else ""]).strip()
-        own = [ROOT / "train_rqvae.py"] if name.startswith("ours") else [flags.ids[name]] if name in flags.ids else []
-        data = digest(flags.embeddings, flags.histories, *own)
-        run = f"{data}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
+        files = digest(flags.embeddings, flags.histories, *made_by.get(name, []))
+        run = f"{flags.histories.stem} {files}: {system}, {flags.recipe}, seed {seed}, {flags.steps} steps"
         if run not in done:
             done[run] = {"run": run, "system": system} | judge(name, sizes, seed, dataset, splits, flags)
             if flags.results:
