@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     flags.ids = {name: Path(path) for name, path in (pair.split("=", 1) for pair in flags.ids)}
     if flags.ids.keys() & set(SYSTEMS):
-        parser.error(f"--ids {' '.join(flags.ids)}: not the name of a system")
+        parser.error(f"--ids {' '.join(flags.ids)}: choose a name that no system has")
     temporary = tempfile.TemporaryDirectory()
     flags.cache = flags.cache or Path(temporary.name)
 
