@@ -1429,6 +1429,8 @@ def print_report(quality: dict, tree: str) -> None:
     if keeping := quality.get("keep_ids"):
         counts = "{kept:,} items keep their ID, {moved:,} moved to another, {new:,} are new, {vanished:,} have vanished"
         print("\n" + counts.format_map(keeping))
+        if keeping["moved"] > keeping["kept"]:
+            warn("more items moved than kept their ID: do the vectors still belong to the same items?")
         loss, held_out = keeping.get("loss_of_new_and_moved", 0), keeping.get("held_out_loss", 0)
         if loss > RETRAIN_RATIO * held_out:
             trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"

@@ -333,6 +333,17 @@ def test_a_model_that_no_longer_fits_is_warned_of_once_there_are_items_enough_to
     assert ("loss_of_new_and_moved" in keeping(folder)) == ("held_out_loss" in keeping(folder)) == (n == 60)
 
 
+@pytest.mark.parametrize("swapped", [100, 280])
+def test_vectors_that_went_to_other_items_are_warned_of(roomy, capsys, swapped):
+    exported(roomy)
+    x = embeddings_of(first_items()).numpy()
+    x[:swapped] = np.roll(x[:swapped], 1, axis=0)
+    write(roomy, items(first_items()["parent_asin"].to_list(), x))
+    export(roomy)
+    assert 0.8 * swapped < keeping(roomy)["moved"] <= swapped
+    assert ("do the vectors still belong to the same items?" in capsys.readouterr().err) == (swapped == 280)
+
+
 def test_without_held_out_items_nothing_is_said_of_the_fit(folder, capsys):
     run(folder, "--overwrite", val_split=0, max_steps=20)
     write(folder, pl.concat([first_items(), strange_items(60)]))
