@@ -153,9 +153,12 @@ def lock(path: Path) -> IO:
     with fail_on(OSError, path, "cannot be written", ROOM):
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
     if os.name == "posix":
-        way_out = "wait for that one, or choose another folder"
-        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # other errors: a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(path, "another run is writing it", "wait for that one, or choose another folder")
+        except OSError:
+            pass  # a file system without locks
     return file
 
 
@@ -272,14 +275,14 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     flag, way_out = f"--model_name {config.model_name}", "choose another model"
     modules = read_json(config, "modules.json")  # of sentence-transformers; 1_Pooling may be there without it
     paths = {module["type"].split(".")[-1]: module["path"] for module in modules} or {"Pooling": "1_Pooling"}
-    for kind in paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
-        fail(flag, f"its modules.json asks for {kind}, which this script cannot do", way_out)
+    if unknown := paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
+        fail(flag, f"its modules.json asks for {min(unknown)}, which this script cannot do", way_out)
     settings = read_json(config, f"{paths['Pooling']}/config.json") if "Pooling" in paths else {}
     # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}
     modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
     modes = "+".join([modes] if isinstance(modes, str) else modes)
     declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
-    if not settings.get("include_prompt", True):
+    if declared and not settings.get("include_prompt", True):
         declared = f"{declared} without the prompt"
     if config.pooling != "auto":
         if declared not in (None, config.pooling):
@@ -292,10 +295,9 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model; ends the run if its files lack weights that the vectors depend on."""
-    flag, way_out = f"--model_name {name}", "download it again (git lfs pull in a clone), or choose another model"
-    if not Path(name).is_dir():
-        way_out = "check the name and the network, or choose another model"
-        print0(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
+    flag = f"--model_name {name}"
+    way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
+    print0(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
     # weights of another shape are then listed instead of raised
     options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     with fail_on(Exception, flag, "no model can be loaded from there", way_out):
@@ -422,7 +424,7 @@ def check_vectors(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -
     """
     flag, trouble = f"--model_name {config.model_name}", f"cannot embed an item of {tokens.lengths.max()} tokens"
     rows = np.array([tokens.lengths.argmax(), tokens.lengths.argmin()])
-    with fail_on(Exception, flag, trouble, "use a smaller --max_length or another encoder"):
+    with fail_on(Exception, flag, trouble, "tokenize with a smaller --max_length or another model"):
         alone = np.concatenate([embed(model, tokens, row, config) for row in rows[:, None]])
     for prefix in (read_prefix(model, tokens, config), None):
         agreement = (alone * embed(model, tokens, rows, config, prefix)).sum(axis=1).min()
@@ -507,7 +509,7 @@ def reuse(config: EmbedConfig, store: Store, other: list[str], hashes: np.ndarra
             known = (hashes[place] == text) & is_unit(vectors)
             store.write(first[place[known]], vectors[known])
             kept[place[known]] = True
-    print(f"{kept.sum():,} of {len(kept):,} texts keep the vector of an earlier run, {(~kept).sum():,} are embedded")
+    print(f"{kept.sum():,} of {len(kept):,} texts keep the vector of an earlier run, {(~kept).sum():,} are new")
     return kept
 
 
@@ -525,7 +527,7 @@ def write(config: EmbedConfig, store: Store, source: np.ndarray, metadata: dict[
             vectors = store.read(source[start : start + piece.height])
             start += piece.height
             if not is_unit(vectors).all():
-                fail(store.folder, "vectors are missing", "run the same command again")
+                fail(store.folder, "vectors are missing", "run it again; several machines need a shared --data_dir")
             yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
 
     schema = items.collect_schema() | {"embedding": pl.List(pl.Float32)}
@@ -595,7 +597,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # each distinct text is embedded once, in its first row: hashes, first (M); inverse (N), the text of a row
         hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        plan = [None]  # rank 0 sends its batches in place of None
+        message = [None]  # rank 0 puts the list of batches here, and the others receive it
         if RANK == 0:
             rows = first
             if config.reuse:
@@ -605,11 +607,11 @@ def main(argv: list[str] | None = None) -> None:
             # an unfinished batch is embedded whole, because other batches would round differently
             left = [batch for batch in batches if not is_unit(store.read(batch)).all()]
             size = sum(map(len, left))
-            print(f"{size:,} items to embed; {len(rows) - size:,} were finished by an earlier run")
-            plan = [left]
+            print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")
+            message = [left]
         if WORLD > 1:
-            dist.broadcast_object_list(plan)
-        embed_all(model, tokens, config, prefix, store, plan[0][RANK::WORLD])
+            dist.broadcast_object_list(message)
+        embed_all(model, tokens, config, prefix, store, message[0][RANK::WORLD])
         if WORLD > 1:
             dist.barrier()  # rank 0 writes when all have finished their vectors
         if RANK == 0:

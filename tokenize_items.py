@@ -129,10 +129,9 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    flag, way_out = f"--model_name {name}", "download it again (git lfs pull in a clone), or choose another model"
-    if not Path(name).is_dir():
-        way_out = "check the name and the network, or choose another model"
-        print(f"loading {name} from the Hugging Face hub or its cache", flush=True)  # it may take a minute to fail
+    flag = f"--model_name {name}"
+    way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
+    print(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
     with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
@@ -192,7 +191,7 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str, str | int]) -> None:
-    """Writes the npz of np.savez, but pads only some rows at a time, once for each array."""
+    """Writes what np.savez would write, but pads only some rows at a time, to save memory."""
     lengths = np.array([len(ids) for ids in tokens])
     shape = len(tokens), int(lengths.max())  # (N, W)
     temporary = path.with_name(f".{path.name}.tmp")

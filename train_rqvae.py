@@ -80,8 +80,8 @@ ROWS_READ = 2**13  # rows of the parquet file in memory at once
 # keeping IDs and report
 MOVE_RATIO = 1.05  # an item moves if another ID decodes with an error this many times smaller
 MIN_ERROR = 1e-3  # share of the variance; smaller errors count as this
-RETRAIN_RATIO = 1.25  # warn if the loss of new items is this many times that of held-out ones
-RETRAIN_ITEMS = 30  # fewer new items prove nothing
+RETRAIN_RATIO = 1.25  # warn if the loss of new and moved items is this many times that of held-out ones
+RETRAIN_ITEMS = 30  # fewer of them prove nothing
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
 RECALL_QUERIES, NEIGHBOURS = 1000, 10
 FEW_ITEMS = range(2_400, 5_000)  # for which a recommender was seen to reward two large levels and a suffix
@@ -97,10 +97,10 @@ BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named h
     "gradient_clip_norm": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
     "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
-SWITCHES = {"resume", "overwrite", "export_only", "keep_ids"}  # not saved, so that a resumed run writes equal bytes
+NOT_SAVED = {"resume", "overwrite", "export_only", "keep_ids"}  # so that a resumed run writes equal bytes
 FREE_FIELDS = {  # may change with --resume and --export_only
     "data_dir", "checkpoint_dir", "num_rows", "device", "dtype", "num_epochs", "max_steps", "steps_per_train_log",
-    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *SWITCHES,
+    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *NOT_SAVED,
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -108,7 +108,7 @@ FREE_FIELDS = {  # may change with --resume and --export_only
 
 @dataclass
 class RQVAEConfig:
-    """The command line of this script: every field is a flag, and checkpoints hold all but the switches."""
+    """The command line of this script: every field is a flag, and checkpoints hold all but NOT_SAVED."""
 
     category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
     data_dir: str = HfArg(default="data/output", help="Folder of the embeddings and of the IDs.")
@@ -308,9 +308,12 @@ def lock(path: Path) -> IO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
     if os.name == "posix":
-        way_out = "wait for that one, or choose another folder"
-        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # other errors: a file system without locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(path, "another run is writing it", "wait for that one, or choose another folder")
+        except OSError:
+            pass  # a file system without locks
     return file
 
 
@@ -342,14 +345,16 @@ class EmbeddingDataset:
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
-        with fail_on(UNREADABLE, path, "not a readable parquet file", "run embed_items.py again"):
+        way_out = "run embed_items.py with --overwrite, or correct your own file"
+        with fail_on(UNREADABLE, path, "not a readable parquet file", way_out):
             file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
             schema = file.collect_schema()
             if missing := [name for name in ("parent_asin", "embedding") if name not in schema]:
-                fail(path, f"no column {missing[0]} among {', '.join(schema)}", "run embed_items.py again")
-            name, kind = schema["parent_asin"], schema["embedding"]
-            if name != pl.String or kind.base_type() not in (pl.List, pl.Array) or not kind.inner.is_float():
-                fail(path, f"parent_asin is {name}, embedding is {kind}", "cast them to String and List(Float32)")
+                fail(path, f"no column {missing[0]} among {', '.join(schema)}", way_out)
+            id_type, vector_type = schema["parent_asin"], schema["embedding"]
+            if id_type != pl.String or not isinstance(vector_type, pl.List | pl.Array):
+                trouble = f"parent_asin is {id_type}, embedding is {vector_type}"
+                fail(path, trouble, "cast them to String and List(Float32)")
             names = file.select("parent_asin").collect()["parent_asin"]
             n = len(names)
             if n < world:
@@ -366,7 +371,7 @@ class EmbeddingDataset:
             self.parent_asin, self.labels = names[first:end], own.select(label).collect().to_series()
             dim = file.select(lists.head(1).list.len()).collect().item()
             if not dim:
-                fail(path, "the first embedding is null or empty", "run embed_items.py again")
+                fail(path, "the first embedding is null or empty", way_out)
             vectors, start = np.full((end - first, dim), np.nan, dtype=np.float32), 0
             for piece in own.select(lists).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
                 column = piece.to_series()
@@ -376,11 +381,12 @@ class EmbeddingDataset:
         wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
         if wrong.any():
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
-            fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", "run embed_items.py again")
+            fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", way_out)
         items = zip(range(first, end), self.parent_asin, vectors, strict=True)
         contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
         # not CRCs: they are linear, and a sum of them can survive two vectors changing places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
+        # with world 1, this may be rank 0 alone, whose sum over the processes would wait for ever
         self.checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
@@ -512,7 +518,7 @@ class RQVAE(nn.Module):
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
-        self.metrics: dict[str, float] = {}  # last logged
+        self.metrics: dict[str, float] = {}  # those of its checkpoint, set by load_model
         dim, latent_dim = config.item_embedding_dim or 1024, config.codebook_embedding_dim
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
@@ -659,7 +665,7 @@ def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_st
     latents = torch.cat([model.encode(model.standardise(embeddings[part])) for part in parts])
     latents = gathered(latents).to(embeddings.device)
     if not latents.isfinite().all():
-        raise SystemExit("error: latents became NaN or infinite before k-means; train again with a lower --max_lr")
+        raise SystemExit("error: latents became NaN or infinite; train again with a lower --max_lr and --overwrite")
     if RANK == 0:  # changes the MLPs and the codebooks here; the others get copies
         init_codebooks(model, rescale_latents(model, latents), rows_per_step)
     copy_from_rank_0(model)
@@ -724,7 +730,7 @@ def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
     """The loss terms (3) by name, each the mean over the processes; a NaN or infinity ends the run."""
     total, reconstruction, vq = (all_sum(terms.clone()) / WORLD).tolist()
     if not math.isfinite(total):
-        raise SystemExit(f"error: the {prefix} loss became {total}; train again with a lower --max_lr")
+        raise SystemExit(f"error: the {prefix} loss became {total}; train again with a lower --max_lr and --overwrite")
     return {f"{prefix}/total_loss": total, f"{prefix}/reconstruction_loss": reconstruction, f"{prefix}/vq_loss": vq}
 
 
@@ -805,9 +811,10 @@ def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict |
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        trouble = f"trained for more than {total_steps} steps" if step > total_steps else None
-        if trouble := mismatch(checkpoint, config, checksum) or trouble:
+        if trouble := mismatch(checkpoint, config, checksum):
             fail(path, trouble, way_out)
+        if step > total_steps:
+            fail(path, f"trained for more than {total_steps} steps", way_out)
         print0(f"going on from {path}")
         return checkpoint
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
@@ -835,7 +842,8 @@ class Plan(NamedTuple):
 
 def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     """The plan for the n items of all processes. With no row to hold out, all rows are trained on and validated."""
-    own, smallest = n * (RANK + 1) // WORLD - n * RANK // WORLD, n // WORLD
+    own = n * (RANK + 1) // WORLD - n * RANK // WORLD  # rows of this process
+    smallest = n // WORLD  # rows of the smallest process: all of them take equally many steps
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed)).to(device)
     held_out = min(round(smallest * config.val_split), smallest - 1)
     rows_per_step = config.batch_size * config.gradient_accumulation_steps // WORLD
@@ -955,9 +963,6 @@ class TrainingState:
         best = read_if_same_run(self.config.best_path, self.config, self.checksum)
         if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
             self.lowest_val_loss = checkpoint["lowest_val_loss"]
-        elif self.step == self.plan.total_steps:
-            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
-            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -965,7 +970,7 @@ class TrainingState:
             return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
-            "config": {name: value for name, value in asdict(self.config).items() if name not in SWITCHES},
+            "config": {name: value for name, value in asdict(self.config).items() if name not in NOT_SAVED},
             "step": self.step,
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
@@ -997,7 +1002,7 @@ class TrainingState:
         if self.run:
             self.run.log(metrics, step=self.step)
 
-    def validate(self, embeddings: Tensor) -> None:
+    def validate_and_save(self, embeddings: Tensor) -> None:
         """Validate, save the best model, and print a line."""
         self.log(validate(self.model, embeddings, self.plan.val_rows))
         loss = self.metrics["val/total_loss"]
@@ -1045,7 +1050,8 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
 
             epoch, place = divmod(step - 1, plan.steps_per_epoch)
             if place == 0 or order is None:  # an epoch begins, or a resumed run in the middle of one
-                generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))  # not a step's seed
+                # seed + 1, or an epoch would draw the numbers of the step that has its number
+                generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))
                 order = plan.train_rows[torch.randperm(len(plan.train_rows), generator=generator, device=device)]
             rows = order[place * size : (place + 1) * size]
             rate = learning_rate(step - 1, total, config)
@@ -1071,7 +1077,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, re
                 state.log(checked_losses("train", terms) | figures)
                 bar.set_postfix_str(f"loss {state.metrics['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating:
-                state.validate(embeddings)
+                state.validate_and_save(embeddings)
             if saving:
                 state.save_numbered()
             bar.update()
@@ -1215,7 +1221,7 @@ class PreviousIDs(NamedTuple):
     retired: np.ndarray  # (R, w) IDs that it had already retired
 
 
-def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, provenance: dict[str, str]) -> PreviousIDs:
+def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, model_hash: str) -> PreviousIDs:
     """The export that --keep_ids names, for items with these names; ends the run if it is unfit."""
     path, way_out = Path(config.keep_ids), "name another export, or leave --keep_ids out for new IDs"
     width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
@@ -1223,7 +1229,7 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, prove
     trouble = "damaged, saved again by another program, or not an export with distinct IDs"
     with fail_on((*UNREADABLE, LookupError, ValueError, TypeError), path, trouble, way_out):
         metadata = pl.read_parquet_metadata(path)
-        if metadata["model"] != provenance["model"]:
+        if metadata["model"] != model_hash:
             fail(path, "made with another model, so that its IDs mean other things", way_out)
         if metadata["collisions"] != config.collisions:
             fail(path, f"made with --collisions {metadata['collisions']}", "give the same, or name another export")
@@ -1287,13 +1293,14 @@ def keep_or_assign(
     return ids, retired
 
 
-def keeping_quality(model: RQVAE, x: Tensor, codes: np.ndarray, ids: np.ndarray, previous: PreviousIDs) -> dict:
-    """Figures of an export with kept IDs (N, w), ready for JSON; codes (N, L) as encoded."""
+def keeping_quality(model: RQVAE, x: Tensor, ids: np.ndarray, previous: PreviousIDs) -> dict:
+    """Figures of an export of embeddings x (N, D) with kept IDs (N, w), ready for JSON."""
     is_new, kept = previous.ids[:, 0] < 0, (ids == previous.ids).all(1)
     quality = {"kept": int(kept.sum()), "moved": int((~is_new & ~kept).sum())}
     quality |= {"new": int(is_new.sum()), "vanished": len(previous.vanished)}
     if (~kept).sum() >= RETRAIN_ITEMS and model.config.val_split > 0:
-        errors = decoded_errors(model, x[~kept], codes[~kept])
+        codes = model.encode_to_semantic_ids(x[~kept], TRAINING_SEARCH_WIDTH)  # as for the held-out items
+        errors = decoded_errors(model, x[~kept], codes.cpu().numpy())
         quality["loss_of_new_and_moved"] = robust_loss(torch.from_numpy(errors)).item()
         quality["held_out_loss"] = model.metrics["val/reconstruction_loss"]
     return quality
@@ -1413,9 +1420,8 @@ def print_report(quality: dict, tree: str) -> None:
     rows = []
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
-        bars = {"items a code, sorted": f"{max(counts)} {bar_chart(counts)} {min(counts)}"}
-        figures = {name: value for name, value in level.items() if name != "items_per_code"}
-        rows.append({"level": i} | figures | bars)
+        bars = f"{max(counts)} {bar_chart(counts)} {min(counts)}"  # of the codes from the commonest to the rarest
+        rows.append({"level": i} | level | {"items_per_code": bars})
     print_table(rows)
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
@@ -1453,7 +1459,7 @@ def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict:
     """Encode the whole catalogue, make the IDs distinct, write them, and report and return their quality."""
     metadata, x, sizes = provenance(config, dataset), dataset.embeddings, model.config.codebook_size
-    previous = read_previous(config, sizes, dataset.parent_asin, metadata) if config.keep_ids else None
+    previous = read_previous(config, sizes, dataset.parent_asin, metadata["model"]) if config.keep_ids else None
     latents, codes, norms = encode_catalogue(model, x)
     latents, codes = latents.cpu().numpy(), codes.cpu().numpy()
     if previous:
@@ -1469,7 +1475,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": norms.mean().item()}
     quality |= measure_quality(model, x, codes, ids)
     if previous:
-        quality["keep_ids"] = keeping_quality(model, x, codes, ids, previous)
+        quality["keep_ids"] = keeping_quality(model, x, ids, previous)
     file = io.BytesIO()
     metadata["retired"] = retired.astype("<i4").tobytes().hex()
     table.write_parquet(file, metadata=metadata)
@@ -1552,15 +1558,13 @@ def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
         warn(f"{config.best_path} was trained with --num_rows {trained.num_rows}")
     defaults = RQVAEConfig()
     for name, own in asdict(trained).items():
-        asked, default = getattr(config, name), getattr(defaults, name)
-        if name == "codebook_size" and len(set(asked)) == 1:  # one number stands for every level
-            asked, default = asked[:1] * len(own), default[:1] * len(own)
-        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):  # a default counts as not given
+        asked, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
+        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
 
 
 def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
-    """End the run if it would replace a model of another catalogue, a stopped run or, as a trial, IDs of more items."""
+    """End the run if it would replace a model of another catalogue, a stopped run or, by a trial, IDs of more items."""
     if config.overwrite:
         return
     way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
@@ -1576,6 +1580,8 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
             fail(config.ids_path, f"has {items:,} items, and this trial {n:,}", way_out)
+        if config.export_only and not config.keep_ids and pl.read_parquet_metadata(config.ids_path).get("retired"):
+            warn(f"{config.ids_path} was made with --keep_ids, and this export gives its items new IDs")
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1598,7 +1604,8 @@ def main(argv: list[str] | None = None) -> int:
         print0(f"{name}: {value}")
     print0(f"device {device} ({reason})")
     paths = [config.ids_path] if config.export_only else [config.ids_path, config.best_path]
-    _locks = [lock(path) for path in paths if RANK == 0]  # open files, which hold them to the end of this function
+    if RANK == 0:
+        _locks = [lock(path) for path in paths]  # closed, and so released, at the end of this function
 
     # data
     dataset = EmbeddingDataset(config.source, config.num_rows, RANK, WORLD)  # the rows of this process

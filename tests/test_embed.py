@@ -457,7 +457,7 @@ def test_a_model_that_cannot_be_loaded_is_refused(with_earlier, tiny_encoder, tm
         (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     line = refused(main, flags(with_earlier, "--model_name", name), with_earlier)
     assert f"--model_name {name}: no model can be loaded from there" in line
-    assert ("choose another model" if kind == "hub name" else "download it again") in line
+    assert "check the name, the network and the files" in line
 
 
 def rename(prefix: str):
@@ -969,7 +969,7 @@ def test_an_interrupted_write_leaves_the_earlier_output(with_earlier, monkeypatc
     assert {name: content for name, content in files_of(with_earlier).items() if PARTIAL not in name} == before
     monkeypatch.undo()
     main(flags(with_earlier))
-    assert "0 items to embed; 60 were finished by an earlier run" in capsys.readouterr().out
+    assert "0 texts to embed; 60 were finished by an earlier run" in capsys.readouterr().out
     assert set(files_of(with_earlier)) == set(before)  # the finished vectors are gone
 
 
@@ -1296,7 +1296,7 @@ def test_reuse_embeds_new_and_edited_texts_alone(daily, catalogue, embedded, fro
     changed = set(today["item_context"]) - set(catalogue["item_context"])
     assert sorted(today["item_context"][embedded]) == sorted(changed)  # each of them once
     assert len(changed) == 5 + 4
-    told = "46 of 55 texts keep the vector of an earlier run, 9 are embedded\n"  # 59 rows, 4 of them repeat a text
+    told = "46 of 55 texts keep the vector of an earlier run, 9 are new\n"  # 59 rows, 4 of them repeat a text
     assert told in capsys.readouterr().out
     after = by_text(daily)
     assert all(after[text] == before[text] for text in after.keys() - changed)

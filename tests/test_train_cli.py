@@ -601,13 +601,6 @@ def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy
     assert not (copy / FINAL).exists()
     assert "a run that was stopped" in refused(copy, collisions="suffix")
     assert "a run that was stopped" in refused(copy, **longer)
-    (copy / LAST.replace("24", "26")).unlink()
-    with monkeypatch.context() as patch:  # after it
-        before_step(patch, 21, kill)
-        with pytest.raises(Killed):
-            run(copy, "--resume", **longer)
-    assert load(copy / BEST)["step"] > 24
-    assert f"{BEST}: missing, damaged or of a longer run" in refused(copy, "--resume")
 
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
@@ -653,8 +646,8 @@ def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folde
     assert outputs(folder) == before
     (folder / BEST).unlink()  # it cannot be made again: its step may be long past
     line = refused(folder, "--resume", **flags)
-    assert BEST in line
-    assert "--overwrite instead of --resume" in line
+    assert f"{BEST}: missing, damaged" in line
+    assert "train again" in line
 
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(copy, refused):
@@ -1187,7 +1180,7 @@ def test_more_items_than_ids_are_no_trouble_where_they_may_share(folder, refused
     assert ids_of(folder)["semantic_id"].is_unique().all()
     assert run(folder, "--export_only", codebook_quantization_levels=2, collisions="keep") == 0
     assert ids_of(folder)["semantic_id"].n_unique() <= 64
-    for sizes in itertools.product((8, None), (2, None)):  # where one is left out, the model decides
+    for sizes in (8, 2), (None, None):  # where they are left out, the model decides
         flags = dict(zip(("codebook_size", "codebook_quantization_levels"), sizes, strict=True))
         assert "300 items, but only 64 IDs" in refused(folder, "--export_only", **flags)
 

@@ -315,8 +315,9 @@ def test_figures_are_those_of_the_ids_that_were_written(folder, capsys):
     write(folder, table)
     export(folder)
     model, new = load_model(folder), embeddings_of(table[N:])
-    off = errors(model, new, encoded_ids(folder, table[N:])) / (DIM * model.input_scale.item() ** 2)
-    loss = train_rqvae.robust_loss(torch.from_numpy(off)).item()
+    codes = model.encode_to_semantic_ids(new, train_rqvae.TRAINING_SEARCH_WIDTH)  # as for the held-out items
+    off = (model.decode_from_semantic_ids(codes) - new).square().sum(1) / (DIM * model.input_scale**2)
+    loss = train_rqvae.robust_loss(off).item()
     held_out = model.metrics["val/reconstruction_loss"]
     figures = {"kept": N, "moved": 0, "new": 200, "vanished": 0, "held_out_loss": held_out}
     assert keeping(folder) == figures | {"loss_of_new_and_moved": pytest.approx(loss, rel=1e-3)}
@@ -342,6 +343,17 @@ def test_vectors_that_went_to_other_items_are_warned_of(roomy, capsys, swapped):
     export(roomy)
     assert 0.8 * swapped < keeping(roomy)["moved"] <= swapped
     assert ("do the vectors still belong to the same items?" in capsys.readouterr().err) == (swapped == 280)
+
+
+def test_an_export_that_gives_kept_items_new_ids_says_so(folder, capsys):
+    write(folder, first_items()[1:])
+    run(folder, "--export_only")
+    export(folder, keep_ids=shutil.copy(ids_path(folder), folder / "same.parquet"))
+    assert "new IDs" not in capsys.readouterr().err
+    write(folder, first_items()[2:])
+    export(folder)
+    run(folder, "--export_only")
+    assert "was made with --keep_ids, and this export gives its items new IDs" in capsys.readouterr().err
 
 
 def test_without_held_out_items_nothing_is_said_of_the_fit(folder, capsys):
