@@ -156,7 +156,7 @@ def lock(path: Path) -> IO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(path, "another run is writing it", "wait for that one, or choose another folder")
+            fail(path, "another run is writing it", "wait for that one, or give another --data_dir")
         except OSError:
             pass  # a file system without locks
     return file

@@ -224,8 +224,10 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
 
 
 def check_file(path: Path, way_out: str) -> None:
+    if path.is_dir():
+        fail(path, "is a folder", f"read pl.read_parquet('{path}/*.parquet'), and put one file in its place")
     if not path.is_file():
-        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
+        fail(path, "not found", way_out)
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -311,7 +313,7 @@ def lock(path: Path) -> IO:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fail(path, "another run is writing it", "wait for that one, or choose another folder")
+            fail(path, "another run is writing it", "wait for it, or give another --data_dir and --checkpoint_dir")
         except OSError:
             pass  # a file system without locks
     return file
@@ -963,6 +965,9 @@ class TrainingState:
         best = read_if_same_run(self.config.best_path, self.config, self.checksum)
         if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
             self.lowest_val_loss = checkpoint["lowest_val_loss"]
+        elif self.step == self.plan.total_steps:
+            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
+            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -1435,8 +1440,8 @@ def print_report(quality: dict, tree: str) -> None:
     if keeping := quality.get("keep_ids"):
         counts = "{kept:,} items keep their ID, {moved:,} moved to another, {new:,} are new, {vanished:,} have vanished"
         print("\n" + counts.format_map(keeping))
-        if keeping["moved"] > keeping["kept"]:
-            warn("more items moved than kept their ID: do the vectors still belong to the same items?")
+        if keeping["moved"] + keeping["vanished"] > keeping["kept"]:
+            warn("most IDs of the earlier export are not kept: do names and vectors still belong together?")
         loss, held_out = keeping.get("loss_of_new_and_moved", 0), keeping.get("held_out_loss", 0)
         if loss > RETRAIN_RATIO * held_out:
             trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
@@ -1472,6 +1477,11 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict
     table = pl.DataFrame([dataset.parent_asin, *columns])
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
     assert config.collisions == "keep" or table["semantic_id"].is_unique().all(), "two items have one ID"
+    with suppress(*UNREADABLE):  # there may be no earlier export
+        both = table.join(pl.read_parquet(config.ids_path, glob=False), on="parent_asin")
+        changed = (both["semantic_id"] != both["semantic_id_right"]).sum()
+        if changed and not previous:
+            warn(f"{changed:,} of {len(both):,} items get another ID than in the export that this one replaces")
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": norms.mean().item()}
     quality |= measure_quality(model, x, codes, ids)
     if previous:
@@ -1538,7 +1548,7 @@ def check_sizes(n: int, config: RQVAEConfig, plan: Plan | None = None) -> None:
     ids, most = math.prod(config.codebook_size), max(config.codebook_size)
     if config.collisions == "assign" and n > ids:
         trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
-        fail(config.source, trouble, "use more levels or codes, or --collisions suffix")
+        fail(config.source, trouble, "train with more levels or codes, or with --collisions suffix")
     if plan and config.use_kmeans_init and len(plan.train_rows) * WORLD < most:
         trouble = f"{len(plan.train_rows) * WORLD} training items, fewer than the {most} codes of k-means"
         fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
@@ -1567,7 +1577,6 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
     """End the run if it would replace a model of another catalogue, a stopped run or, by a trial, IDs of more items."""
     if config.overwrite:
         return
-    way_out = "give --overwrite, or another --checkpoint_dir or --data_dir"
     if from_start:
         if numbered_checkpoints(config.checkpoints) and not config.final_path.exists():
             trouble = "has checkpoints of a run that was stopped"
@@ -1575,13 +1584,13 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         with suppress(ValueError):
             source = read_checkpoint(config.best_path)["config"].source
             if source.resolve() != config.source.resolve():
+                way_out = "give --overwrite, or another --checkpoint_dir"
                 fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
-            fail(config.ids_path, f"has {items:,} items, and this trial {n:,}", way_out)
-        if config.export_only and not config.keep_ids and pl.read_parquet_metadata(config.ids_path).get("retired"):
-            warn(f"{config.ids_path} was made with --keep_ids, and this export gives its items new IDs")
+            trouble = f"has {items:,} items, and this trial {n:,}"
+            fail(config.ids_path, trouble, "copy the embeddings to another --data_dir, or give --overwrite")
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1662,8 +1671,6 @@ def main(argv: list[str] | None = None) -> int:
             trouble = f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit"
             warn(f"{trouble}; README has flags by the size of the catalogue")
     quality = export(model.to(device), dataset, config)
-    if model.config.collisions != config.collisions:
-        warn(f"trained with --collisions {model.config.collisions}, and these IDs are made with {config.collisions}")
     if run:
         finish_wandb(run, model, quality, config)
     return 0

@@ -327,7 +327,7 @@ def test_exported_codes_are_those_of_the_best_model_and_a_suffix_makes_them_dist
     assert np.array_equal(model.encode_to_semantic_ids(embeddings_of(folder)), encoded)
     assert len(np.unique(encoded, axis=0)) < N  # there are collisions to resolve
     assert run(folder, "--export_only", collisions="suffix", **undisturbed.flags) == 0
-    assert "trained with --collisions assign, and these IDs are made with suffix" in capsys.readouterr().err
+    assert f"{N} of {N} items get another ID" in capsys.readouterr().err
     table = ids_of(folder)
     assert table.columns[1:-1] == [f"semantic_id_{level}" for level in range(LEVELS + 1)]
     assert np.array_equal(codes_of(folder), encoded)
@@ -601,6 +601,13 @@ def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy
     assert not (copy / FINAL).exists()
     assert "a run that was stopped" in refused(copy, collisions="suffix")
     assert "a run that was stopped" in refused(copy, **longer)
+    (copy / LAST.replace("24", "26")).unlink()
+    with monkeypatch.context() as patch:  # after it
+        before_step(patch, 21, kill)
+        with pytest.raises(Killed):
+            run(copy, "--resume", **longer)
+    assert load(copy / BEST)["step"] > 24
+    assert f"{BEST}: missing, damaged or of a longer run" in refused(copy, "--resume")
 
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
@@ -646,8 +653,8 @@ def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folde
     assert outputs(folder) == before
     (folder / BEST).unlink()  # it cannot be made again: its step may be long past
     line = refused(folder, "--resume", **flags)
-    assert f"{BEST}: missing, damaged" in line
-    assert "train again" in line
+    assert BEST in line
+    assert "--overwrite instead of --resume" in line
 
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(copy, refused):

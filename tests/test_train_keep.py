@@ -342,18 +342,27 @@ def test_vectors_that_went_to_other_items_are_warned_of(roomy, capsys, swapped):
     write(roomy, items(first_items()["parent_asin"].to_list(), x))
     export(roomy)
     assert 0.8 * swapped < keeping(roomy)["moved"] <= swapped
-    assert ("do the vectors still belong to the same items?" in capsys.readouterr().err) == (swapped == 280)
+    assert ("do names and vectors still belong together?" in capsys.readouterr().err) == (swapped == 280)
 
 
-def test_an_export_that_gives_kept_items_new_ids_says_so(folder, capsys):
-    write(folder, first_items()[1:])
+def test_an_earlier_export_of_other_items_is_warned_of(roomy, capsys):
+    write(roomy, new_items(N))
+    export(roomy)
+    assert "do names and vectors still belong together?" in capsys.readouterr().err
+
+
+def test_an_export_that_changes_ids_of_the_same_model_says_so(folder, capsys):
     run(folder, "--export_only")
-    export(folder, keep_ids=shutil.copy(ids_path(folder), folder / "same.parquet"))
-    assert "new IDs" not in capsys.readouterr().err
-    write(folder, first_items()[2:])
+    write(folder, pl.concat([first_items(), new_items(100)]))
     export(folder)
-    run(folder, "--export_only")
-    assert "was made with --keep_ids, and this export gives its items new IDs" in capsys.readouterr().err
+    before = exported(folder)
+    assert "another ID" not in capsys.readouterr().err
+    table = pl.concat([first_items()[2:], new_items(120)])
+    write(folder, table)
+    after = run(folder, "--export_only")  # without --keep_ids
+    changed = sum(after[name] != before[name] for name in before.keys() & after.keys())
+    assert changed > 10
+    assert f"warning: {changed} of 398 items get another ID" in capsys.readouterr().err
 
 
 def test_without_held_out_items_nothing_is_said_of_the_fit(folder, capsys):
