@@ -89,6 +89,7 @@ EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
+RECIPE = "weights", "instruction", "pooling"  # metadata of embed_items.py, on which the vectors depend
 MANY = 10**12
 BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named here
     "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
@@ -342,8 +343,9 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
 class EmbeddingDataset:
     """The embeddings of a catalogue, in the order of the file.
 
-    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; checksum of names, vectors
-    and order in the whole file. Under torchrun, each process holds consecutive rows.
+    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; fingerprint, a checksum of
+    the whole file's names, vectors and order, and how they were made. Under torchrun, each process holds consecutive
+    rows.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
@@ -357,6 +359,7 @@ class EmbeddingDataset:
             if id_type != pl.String or not isinstance(vector_type, pl.List | pl.Array):
                 trouble = f"parent_asin is {id_type}, embedding is {vector_type}"
                 fail(path, trouble, "cast them to String and List(Float32)")
+            metadata = pl.read_parquet_metadata(path)
             names = file.select("parent_asin").collect()["parent_asin"]
             n = len(names)
             if n < world:
@@ -389,7 +392,9 @@ class EmbeddingDataset:
         # not CRCs: they are linear, and a sum of them can survive two vectors changing places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
         # with world 1, this may be rank 0 alone, whose sum over the processes would wait for ever
-        self.checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
+        checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
+        recipe = {name: metadata[name] for name in RECIPE if name in metadata}
+        self.fingerprint = {"checksum": str(checksum)} | recipe
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
     def __len__(self) -> int:
@@ -520,7 +525,7 @@ class RQVAE(nn.Module):
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
-        self.metrics: dict[str, float] = {}  # those of its checkpoint, set by load_model
+        self.metrics, self.fingerprint = {}, {}  # those of its checkpoint and of its data, set by load_model
         dim, latent_dim = config.item_embedding_dim or 1024, config.codebook_embedding_dim
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
@@ -778,6 +783,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
     model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
+    model.fingerprint = checkpoint["data"] if isinstance(checkpoint["data"], dict) else {}  # a number in older ones
     return model.to(device).eval()
 
 
@@ -787,24 +793,24 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(((int(match[1]), path) for match, path in matches if match), reverse=True))
 
 
-def mismatch(checkpoint: dict, config: RQVAEConfig, checksum: int) -> str | None:
+def mismatch(checkpoint: dict, config: RQVAEConfig, fingerprint: dict) -> str | None:
     """Why a checkpoint belongs to another run; None if it belongs to this one."""
     for name, value in asdict(config).items():
         trained = getattr(checkpoint["config"], name)
         if name not in FREE_FIELDS and trained != value:
             return f"trained with --{name} {trained}, not {value}"
-    return None if checkpoint["data"] == checksum else "trained on other embeddings than these"
+    return None if checkpoint["data"] == fingerprint else "trained on other embeddings than these"
 
 
-def read_if_same_run(path: Path, config: RQVAEConfig, checksum: int) -> dict | None:
+def read_if_same_run(path: Path, config: RQVAEConfig, fingerprint: dict) -> dict | None:
     """The checkpoint at `path`; None if it is missing, damaged or of another run."""
     with suppress(ValueError):
         checkpoint = read_checkpoint(path)
-        return None if mismatch(checkpoint, config, checksum) else checkpoint
+        return None if mismatch(checkpoint, config, fingerprint) else checkpoint
     return None
 
 
-def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict | None:
+def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
     way_out = "give the same flags and no smaller --max_steps, or --overwrite instead of --resume"
     for step, path in numbered_checkpoints(config.checkpoints).items():
@@ -813,7 +819,7 @@ def find_resumed(config: RQVAEConfig, checksum: int, total_steps: int) -> dict |
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        if trouble := mismatch(checkpoint, config, checksum):
+        if trouble := mismatch(checkpoint, config, fingerprint):
             fail(path, trouble, way_out)
         if step > total_steps:
             fail(path, f"trained for more than {total_steps} steps", way_out)
@@ -949,8 +955,8 @@ def stop_requests() -> Iterator[list[int]]:
 class TrainingState:
     """The model, and everything else that changes in training."""
 
-    def __init__(self, model: RQVAE, plan: Plan, checksum: int, run):
-        self.model, self.plan, self.checksum, self.run, self.config = model, plan, checksum, run, model.config
+    def __init__(self, model: RQVAE, plan: Plan, fingerprint: dict, run):
+        self.model, self.plan, self.run, self.config, self.fingerprint = model, plan, run, model.config, fingerprint
         self.optimizers = make_optimizers(model, self.config.max_lr)
         shape = len(self.config.codebook_size), max(self.config.codebook_size)
         self.usage = torch.zeros(shape, dtype=torch.int64, device=plan.train_rows.device)  # (L, K) since the last reset
@@ -962,7 +968,7 @@ class TrainingState:
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
         self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        best = read_if_same_run(self.config.best_path, self.config, self.checksum)
+        best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
         if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
             self.lowest_val_loss = checkpoint["lowest_val_loss"]
         elif self.step == self.plan.total_steps:
@@ -980,7 +986,7 @@ class TrainingState:
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
             "metrics": self.metrics,
-            "data": self.checksum,
+            "data": self.fingerprint,
         }
         file = io.BytesIO()
         torch.save(checkpoint | for_resume, file)
@@ -1022,11 +1028,11 @@ class TrainingState:
             tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}{best}")
 
 
-def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, checksum: int, resumed: dict | None, run) -> bool:
+def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict, resumed: dict | None, run) -> bool:
     """Train on embeddings (N, D) on the device, and write the checkpoints; False if a signal stopped it."""
     torch.manual_seed(config.seed)
     model, device = RQVAE(config).to(embeddings.device), embeddings.device
-    state, total, size = TrainingState(model, plan, checksum, run), plan.total_steps, plan.rows_per_step
+    state, total, size = TrainingState(model, plan, fingerprint, run), plan.total_steps, plan.rows_per_step
     if resumed:
         state.restore(resumed)
     else:
@@ -1458,7 +1464,7 @@ def print_report(quality: dict, tree: str) -> None:
 def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]:
     """Hashes of the model and the embeddings, for the metadata of the IDs."""
     model = hashlib.sha256(config.best_path.read_bytes()).hexdigest()
-    return {"model": model, "collisions": config.collisions, "embeddings": str(dataset.checksum)}
+    return {"model": model, "collisions": config.collisions, "embeddings": dataset.fingerprint["checksum"]}
 
 
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict:
@@ -1557,11 +1563,15 @@ def check_sizes(n: int, config: RQVAEConfig, plan: Plan | None = None) -> None:
         fail(f"--autoencoder_steps {plan.autoencoder_steps}", trouble, "lower it, or train longer")
 
 
-def check_model(trained: RQVAEConfig, config: RQVAEConfig, dim: int) -> None:
+def check_model(model: RQVAE, config: RQVAEConfig, fingerprint: dict, dim: int) -> None:
     """End the run if the model to export with does not fit the embeddings, or a flag that was given."""
+    trained = model.config
     if trained.item_embedding_dim != dim:
         trouble = f"a model of {trained.item_embedding_dim}-dimensional embeddings, and these have {dim}"
         fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
+    for name in RECIPE:
+        if name in fingerprint and fingerprint[name] != model.fingerprint.get(name, fingerprint[name]):
+            warn(f"{config.best_path} was trained on embeddings of other {name}, so these do not fit it: train again")
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     if trained.num_rows not in (None, config.num_rows):
@@ -1618,7 +1628,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # data
     dataset = EmbeddingDataset(config.source, config.num_rows, RANK, WORLD)  # the rows of this process
-    checksum, dim = dataset.checksum, dataset.embeddings.shape[1]
+    fingerprint, dim = dataset.fingerprint, dataset.embeddings.shape[1]
     n = int(all_sum(torch.tensor(len(dataset))))
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
@@ -1626,7 +1636,7 @@ def main(argv: list[str] | None = None) -> int:
     run = None
     if config.export_only:
         model = load_model(config.best_path)
-        check_model(model.config, config, dim)
+        check_model(model, config, fingerprint, dim)
         if not config.final_path.exists():
             step = model.metrics["step"]
             warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
@@ -1640,10 +1650,10 @@ def main(argv: list[str] | None = None) -> int:
         config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        final, best = (read_if_same_run(path, config, checksum) for path in (config.final_path, config.best_path))
+        final, best = (read_if_same_run(path, config, fingerprint) for path in (config.final_path, config.best_path))
         is_trained = bool(final and best and final["step"] == plan.total_steps and not config.overwrite)
         is_complete = is_trained and is_exported(config, dataset)
-        resumed = find_resumed(config, checksum, plan.total_steps) if config.resume and not is_trained else None
+        resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
@@ -1656,7 +1666,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if not is_trained:
             run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
-            if not train(config, dataset.embeddings.to(device), plan, checksum, resumed, run):
+            if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
                 print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
                 return 130
 
