@@ -527,7 +527,7 @@ def write(config: EmbedConfig, store: Store, source: np.ndarray, metadata: dict[
             vectors = store.read(source[start : start + piece.height])
             start += piece.height
             if not is_unit(vectors).all():
-                fail(store.folder, "vectors are missing", "run it again; several machines need a shared --data_dir")
+                fail(store.folder, "vectors are missing", "run the command again; machines must share --data_dir")
             yield piece.with_columns(pl.Series("embedding", vectors).cast(pl.List(pl.Float32)))
 
     schema = items.collect_schema() | {"embedding": pl.List(pl.Float32)}

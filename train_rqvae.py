@@ -89,7 +89,7 @@ EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-RECIPE = "weights", "instruction", "pooling"  # metadata of embed_items.py, on which the vectors depend
+RECIPE = "model_name", "instruction", "pooling"  # metadata of embed_items.py, on which the vectors depend
 MANY = 10**12
 BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named here
     "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
@@ -225,10 +225,8 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
 
 
 def check_file(path: Path, way_out: str) -> None:
-    if path.is_dir():
-        fail(path, "is a folder", f"read pl.read_parquet('{path}/*.parquet'), and put one file in its place")
     if not path.is_file():
-        fail(path, "not found", way_out)
+        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -343,9 +341,9 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
 class EmbeddingDataset:
     """The embeddings of a catalogue, in the order of the file.
 
-    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; fingerprint, a checksum of
-    the whole file's names, vectors and order, and how they were made. Under torchrun, each process holds consecutive
-    rows.
+    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; fingerprint, of which
+    `data` is a checksum of all names, vectors and their order, and `recipe` says how the vectors were made. Under
+    torchrun, each process holds consecutive rows.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
@@ -356,7 +354,8 @@ class EmbeddingDataset:
             if missing := [name for name in ("parent_asin", "embedding") if name not in schema]:
                 fail(path, f"no column {missing[0]} among {', '.join(schema)}", way_out)
             id_type, vector_type = schema["parent_asin"], schema["embedding"]
-            if id_type != pl.String or not isinstance(vector_type, pl.List | pl.Array):
+            is_list = isinstance(vector_type, pl.List | pl.Array) and vector_type.inner.is_numeric()
+            if id_type != pl.String or not is_list:
                 trouble = f"parent_asin is {id_type}, embedding is {vector_type}"
                 fail(path, trouble, "cast them to String and List(Float32)")
             metadata = pl.read_parquet_metadata(path)
@@ -394,7 +393,7 @@ class EmbeddingDataset:
         # with world 1, this may be rank 0 alone, whose sum over the processes would wait for ever
         checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
         recipe = {name: metadata[name] for name in RECIPE if name in metadata}
-        self.fingerprint = {"checksum": str(checksum)} | recipe
+        self.fingerprint = {"data": checksum, "recipe": recipe}
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
     def __len__(self) -> int:
@@ -525,7 +524,7 @@ class RQVAE(nn.Module):
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
-        self.metrics, self.fingerprint = {}, {}  # those of its checkpoint and of its data, set by load_model
+        self.metrics, self.recipe = {}, {}  # from its checkpoint, by load_model
         dim, latent_dim = config.item_embedding_dim or 1024, config.codebook_embedding_dim
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
@@ -783,7 +782,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
     model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
-    model.fingerprint = checkpoint["data"] if isinstance(checkpoint["data"], dict) else {}  # a number in older ones
+    model.recipe = checkpoint.get("recipe", {})  # an older script saved none
     return model.to(device).eval()
 
 
@@ -799,7 +798,7 @@ def mismatch(checkpoint: dict, config: RQVAEConfig, fingerprint: dict) -> str | 
         trained = getattr(checkpoint["config"], name)
         if name not in FREE_FIELDS and trained != value:
             return f"trained with --{name} {trained}, not {value}"
-    return None if checkpoint["data"] == fingerprint else "trained on other embeddings than these"
+    return None if checkpoint["data"] == fingerprint["data"] else "trained on other embeddings than these"
 
 
 def read_if_same_run(path: Path, config: RQVAEConfig, fingerprint: dict) -> dict | None:
@@ -986,7 +985,7 @@ class TrainingState:
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
             "metrics": self.metrics,
-            "data": self.fingerprint,
+            **self.fingerprint,
         }
         file = io.BytesIO()
         torch.save(checkpoint | for_resume, file)
@@ -1061,7 +1060,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
 
             epoch, place = divmod(step - 1, plan.steps_per_epoch)
             if place == 0 or order is None:  # an epoch begins, or a resumed run in the middle of one
-                # seed + 1, or an epoch would draw the numbers of the step that has its number
+                # seed + 1: else epoch n and step n would draw the same numbers
                 generator = torch.Generator(device).manual_seed(step_seed(config.seed + 1, epoch))
                 order = plan.train_rows[torch.randperm(len(plan.train_rows), generator=generator, device=device)]
             rows = order[place * size : (place + 1) * size]
@@ -1431,8 +1430,7 @@ def print_report(quality: dict, tree: str) -> None:
     rows = []
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
-        bars = f"{max(counts)} {bar_chart(counts)} {min(counts)}"  # of the codes from the commonest to the rarest
-        rows.append({"level": i} | level | {"items_per_code": bars})
+        rows.append({"level": i} | level | {"items_per_code": f"{max(counts)} {bar_chart(counts)} {min(counts)}"})
     print_table(rows)
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
@@ -1446,8 +1444,8 @@ def print_report(quality: dict, tree: str) -> None:
     if keeping := quality.get("keep_ids"):
         counts = "{kept:,} items keep their ID, {moved:,} moved to another, {new:,} are new, {vanished:,} have vanished"
         print("\n" + counts.format_map(keeping))
-        if keeping["moved"] + keeping["vanished"] > keeping["kept"]:
-            warn("most IDs of the earlier export are not kept: do names and vectors still belong together?")
+        if keeping["moved"] >= keeping["kept"]:
+            warn("most items of the earlier export lose their ID: has each name still its own vector?")
         loss, held_out = keeping.get("loss_of_new_and_moved", 0), keeping.get("held_out_loss", 0)
         if loss > RETRAIN_RATIO * held_out:
             trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
@@ -1464,7 +1462,7 @@ def print_report(quality: dict, tree: str) -> None:
 def provenance(config: RQVAEConfig, dataset: EmbeddingDataset) -> dict[str, str]:
     """Hashes of the model and the embeddings, for the metadata of the IDs."""
     model = hashlib.sha256(config.best_path.read_bytes()).hexdigest()
-    return {"model": model, "collisions": config.collisions, "embeddings": dataset.fingerprint["checksum"]}
+    return {"model": model, "collisions": config.collisions, "embeddings": str(dataset.fingerprint["data"])}
 
 
 def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict:
@@ -1486,7 +1484,7 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict
     with suppress(*UNREADABLE):  # there may be no earlier export
         both = table.join(pl.read_parquet(config.ids_path, glob=False), on="parent_asin")
         changed = (both["semantic_id"] != both["semantic_id_right"]).sum()
-        if changed and not previous:
+        if changed and not (previous and config.ids_path.samefile(config.keep_ids)):
             warn(f"{changed:,} of {len(both):,} items get another ID than in the export that this one replaces")
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": norms.mean().item()}
     quality |= measure_quality(model, x, codes, ids)
@@ -1563,15 +1561,16 @@ def check_sizes(n: int, config: RQVAEConfig, plan: Plan | None = None) -> None:
         fail(f"--autoencoder_steps {plan.autoencoder_steps}", trouble, "lower it, or train longer")
 
 
-def check_model(model: RQVAE, config: RQVAEConfig, fingerprint: dict, dim: int) -> None:
+def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict, dim: int) -> None:
     """End the run if the model to export with does not fit the embeddings, or a flag that was given."""
     trained = model.config
     if trained.item_embedding_dim != dim:
         trouble = f"a model of {trained.item_embedding_dim}-dimensional embeddings, and these have {dim}"
         fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
-    for name in RECIPE:
-        if name in fingerprint and fingerprint[name] != model.fingerprint.get(name, fingerprint[name]):
-            warn(f"{config.best_path} was trained on embeddings of other {name}, so these do not fit it: train again")
+    for name in recipe.keys() & model.recipe.keys():
+        if recipe[name] != model.recipe[name]:
+            trouble = f"was trained on embeddings with {name} {model.recipe[name]!r}, and these have {recipe[name]!r}"
+            warn(f"{config.best_path} {trouble}: the IDs mean nothing, unless both are the same")
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     if trained.num_rows not in (None, config.num_rows):
@@ -1580,7 +1579,7 @@ def check_model(model: RQVAE, config: RQVAEConfig, fingerprint: dict, dim: int) 
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
-            fail(config.best_path, f"trained with --{name} {own}, not {asked}", "leave that flag out")
+            fail(config.best_path, f"trained with --{name} {own}, not {asked}", "give all flags of training, or none")
 
 
 def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
@@ -1600,7 +1599,7 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
             trouble = f"has {items:,} items, and this trial {n:,}"
-            fail(config.ids_path, trouble, "copy the embeddings to another --data_dir, or give --overwrite")
+            fail(config.ids_path, trouble, "give --overwrite, or another --data_dir and --checkpoint_dir")
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1613,7 +1612,7 @@ def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
-    check_file(config.source, "run embed_items.py first")
+    check_file(config.source, "run embed_items.py first, or write one file there")
     if config.export_only:
         check_file(config.best_path, "train first, or name another --checkpoint_dir")
     if config.keep_ids is not None:
@@ -1636,7 +1635,7 @@ def main(argv: list[str] | None = None) -> int:
     run = None
     if config.export_only:
         model = load_model(config.best_path)
-        check_model(model, config, fingerprint, dim)
+        check_model(model, config, fingerprint["recipe"], dim)
         if not config.final_path.exists():
             step = model.metrics["step"]
             warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")

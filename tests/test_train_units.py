@@ -557,7 +557,8 @@ def train_idly(x, tmp_path, monkeypatch):
         monkeypatch.setattr(train_rqvae, "train_step", step)
         monkeypatch.setattr(train_rqvae, "reset_codes", lambda *_: resets.append(len(rows)))
         config = tiny_config(**{"checkpoint_dir": str(tmp_path), "codebook_size": 4, "dtype": "float32"} | changes)
-        assert train_rqvae.train(config, x[:n], train_rqvae.make_plan(n, config, CPU), {}, None, None)
+        plan = train_rqvae.make_plan(n, config, CPU)
+        assert train_rqvae.train(config, x[:n], plan, {"data": 0, "recipe": {}}, None, None)
         return torch.stack(rows), widths, resets
 
     return run
@@ -1012,7 +1013,7 @@ def test_checksum_tells_other_names_vectors_and_orders_apart(x, tmp_path):
     found = []
     for vectors, asins in [*written, (x.flip(0), names[::-1])]:
         write_catalogue(tmp_path / "a.parquet", vectors, names=asins)
-        found.append(EmbeddingDataset(tmp_path / "a.parquet").fingerprint["checksum"])
+        found.append(EmbeddingDataset(tmp_path / "a.parquet").fingerprint["data"])
     assert len(set(found)) == len(written) + 1
 
 
