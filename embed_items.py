@@ -153,12 +153,9 @@ def lock(path: Path) -> IO:
     with fail_on(OSError, path, "cannot be written", ROOM):
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
     if os.name == "posix":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(path, "another run is writing it", "wait for that one, or give another --data_dir")
-        except OSError:
-            pass  # a file system without locks
+        way_out = "wait for it, or give another --data_dir"
+        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # any other OSError: a file system without locks
     return file
 
 
@@ -608,7 +605,7 @@ def main(argv: list[str] | None = None) -> None:
             left = [batch for batch in batches if not is_unit(store.read(batch)).all()]
             size = sum(map(len, left))
             print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")
-            message = [left]
+            message[0] = left
         if WORLD > 1:
             dist.broadcast_object_list(message)
         embed_all(model, tokens, config, prefix, store, message[0][RANK::WORLD])

@@ -309,12 +309,9 @@ def lock(path: Path) -> IO:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
     if os.name == "posix":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(path, "another run is writing it", "wait for it, or give another --data_dir and --checkpoint_dir")
-        except OSError:
-            pass  # a file system without locks
+        way_out = "wait for it, or give another --data_dir and --checkpoint_dir"
+        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # any other OSError: a file system without locks
     return file
 
 
@@ -1482,10 +1479,11 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict
     table = table.with_columns(pl.concat_str(pl.exclude("parent_asin"), separator="-").alias("semantic_id"))
     assert config.collisions == "keep" or table["semantic_id"].is_unique().all(), "two items have one ID"
     with suppress(*UNREADABLE):  # there may be no earlier export
-        both = table.join(pl.read_parquet(config.ids_path, glob=False), on="parent_asin")
-        changed = (both["semantic_id"] != both["semantic_id_right"]).sum()
-        if changed and not (previous and config.ids_path.samefile(config.keep_ids)):
-            warn(f"{changed:,} of {len(both):,} items get another ID than in the export that this one replaces")
+        if not previous or not config.ids_path.samefile(config.keep_ids):
+            replaced = pl.read_parquet(config.ids_path, columns=["parent_asin", "semantic_id"], glob=False)
+            both = table.join(replaced, on="parent_asin")
+            if changed := (both["semantic_id"] != both["semantic_id_right"]).sum():
+                warn(f"{changed:,} of {len(both):,} items get another ID than in the export that this one replaces")
     quality = {"category": config.category, "collisions": config.collisions, "residual_norm": norms.mean().item()}
     quality |= measure_quality(model, x, codes, ids)
     if previous:
@@ -1570,7 +1568,7 @@ def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict, dim: int) -> No
     for name in recipe.keys() & model.recipe.keys():
         if recipe[name] != model.recipe[name]:
             trouble = f"was trained on embeddings with {name} {model.recipe[name]!r}, and these have {recipe[name]!r}"
-            warn(f"{config.best_path} {trouble}: the IDs mean nothing, unless both are the same")
+            warn(f"{config.best_path} {trouble}: train again, unless these are two names of one thing")
     if trained.category != config.category:
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     if trained.num_rows not in (None, config.num_rows):
