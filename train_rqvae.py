@@ -28,7 +28,7 @@ import re
 import signal
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -603,8 +603,8 @@ class RQVAE(nn.Module):
         return torch.stack([reconstruction + vq, reconstruction, vq]), codes
 
     def decode_levels(self, ids: Tensor) -> Tensor:
-        """Sum of the codes of IDs or of their first levels; a suffix is left out: ids (B, l) -> (B, E)."""
-        return sum(quantizer.codebook[codes] for quantizer, codes in zip(self.quantizers, ids.T, strict=False))
+        """Sum of the codes of IDs or of their first levels; a suffix is left out: ids (..., l) -> (..., E)."""
+        return sum(quantizer.codebook[codes] for quantizer, codes in zip(self.quantizers, ids.unbind(-1), strict=False))
 
     @torch.no_grad()
     def encode_to_semantic_ids(self, x: Tensor, search_width: int = SEARCH_WIDTH) -> Tensor:
@@ -1143,33 +1143,50 @@ def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: l
             yield group[group < n], capacity - np.bincount(taken, minlength=sizes[level])
 
 
-def assign_distinct(
-    latents: np.ndarray, codes: np.ndarray, codebooks: list[np.ndarray], last_costs: Callable, occupied: np.ndarray
-) -> np.ndarray:
-    """Distinct IDs of the same length: latents (N, E), codes (N, L), codebooks L of (K, E) -> IDs (N, L).
+@torch.inference_mode()
+def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, groups: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """For rows (n) with one prefix, a group at a time: mean square errors against every ID below the prefix, (n, K).
 
-    None of them is in occupied (T, L). From the first level down, a prefix with more items than free IDs below it
-    gives some to the nearest code with room. At the last level, the items of a prefix get different codes at the
-    least total cost (scipy.optimize.linear_sum_assignment): last_costs(rows (n), prefix (L - 1)) -> (n, K).
-    Only items below crowded prefixes change. Needs as many IDs as N + T.
+    x (N, D) as stored, codes (N, L). Decodes the IDs of several groups at once, for speed.
     """
-    codes, sizes = codes.copy(), [len(codebook) for codebook in codebooks]
-    levels = len(sizes)
+    device, size = model.input_mean.device, model.config.codebook_size[-1]
+    step = chunk_rows(device, size)
+    for some in (groups[start : start + step] for start in range(0, len(groups), step)):
+        ids = torch.from_numpy(codes[[rows[0] for rows in some]]).unsqueeze(1).repeat(1, size, 1)  # (G, K, L)
+        ids[..., -1] = torch.arange(size)
+        for rows, decoded in zip(some, model.decode(model.decode_levels(ids.to(device))), strict=True):
+            target = model.standardise(x[rows].to(device))
+            errors = code_distances(target, decoded) + target.square().sum(1, keepdim=True)
+            yield (errors / x.shape[1]).cpu().numpy()
+
+
+def assign_distinct(
+    model: RQVAE, x: Tensor, latents: np.ndarray, codes: np.ndarray, occupied: np.ndarray
+) -> np.ndarray:
+    """Distinct IDs of the same length, none in occupied (T, L): x (N, D), latents (N, E), codes (N, L) -> IDs (N, L).
+
+    From the first level down, a prefix with more items than free IDs below it gives some to the nearest code with
+    room. At the last level, the items of a prefix get different codes at the least total error
+    (scipy.optimize.linear_sum_assignment). Only items below crowded prefixes change. Needs as many IDs as N + T.
+    """
+    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
+    codes, sizes, last = codes.copy(), model.config.codebook_size, len(codebooks) - 1
     assert len(codes) + len(occupied) <= math.prod(sizes), "more items than IDs"
-    for level in range(levels - 1):
+    for level in range(last):
         for rows, room in crowded_groups(codes, occupied, level, sizes):
             left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
             target = spill(codes[rows, level], left, codebooks[level], room)
             moved = target != codes[rows, level]
             rows, left = rows[moved], left[moved]
             codes[rows, level] = target[moved]
-            for below in range(level + 1, levels):
+            for below in range(level + 1, last + 1):
                 left = left - codebooks[below - 1][codes[rows, below - 1]]
                 codes[rows, below] = cdist(left, codebooks[below]).argmin(1)
-    for rows, room in crowded_groups(codes, occupied, levels - 1, sizes):
+    groups = list(crowded_groups(codes, occupied, last, sizes))
+    errors = last_code_errors(model, x, codes, [rows for rows, _ in groups])
+    for (rows, room), cost in zip(groups, errors, strict=True):
         free = np.flatnonzero(room)
-        cost = last_costs(rows, codes[rows[0], :-1])[:, free]
-        codes[rows, -1] = free[linear_sum_assignment(cost)[1]]
+        codes[rows, -1] = free[linear_sum_assignment(cost[:, free])[1]]
     return codes
 
 
@@ -1181,16 +1198,6 @@ def add_suffix(codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
     np.maximum.at(start, keys[n:], occupied[:, levels] + 1)
     suffix = pl.Series(keys[:n]).to_frame("key").select(pl.int_range(pl.len()).over("key")).to_series().to_numpy()
     return np.column_stack([codes, start[keys[:n]] + suffix])
-
-
-@torch.inference_mode()
-def last_code_errors(model: RQVAE, x: Tensor, prefix: np.ndarray) -> np.ndarray:
-    """Mean square errors of embeddings x (n, D) as stored against every ID below a prefix (L - 1): (n, K)."""
-    device, last = model.input_mean.device, model.quantizers[-1].codebook
-    above = model.decode_levels(torch.from_numpy(prefix).to(device).unsqueeze(0))  # (1, E)
-    x = model.standardise(x.to(device))
-    errors = code_distances(x, model.decode(above + last)) + x.square().sum(1, keepdim=True)
-    return (errors / x.shape[1]).cpu().numpy()
 
 
 @torch.inference_mode()
@@ -1208,13 +1215,9 @@ def make_distinct(
     model: RQVAE, x: Tensor, latents: np.ndarray, codes: np.ndarray, collisions: str, occupied: np.ndarray
 ) -> np.ndarray:
     """IDs of x (N, D) with latents (N, E) and codes (N, L), none of them in occupied: (N, L), with a suffix L + 1."""
-    if collisions == "keep":
-        return codes
-    if collisions == "suffix":
-        return add_suffix(codes, occupied)
-    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
-    last_costs = lambda rows, prefix: last_code_errors(model, x[rows], prefix)  # noqa: E731
-    return assign_distinct(latents, codes, codebooks, last_costs, occupied)
+    if collisions == "assign":
+        return assign_distinct(model, x, latents, codes, occupied)
+    return add_suffix(codes, occupied) if collisions == "suffix" else codes
 
 
 # ---------------------------------------------------------------- keeping the IDs of an earlier export
@@ -1257,8 +1260,8 @@ def best_free_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.nd
     n, last, best = len(codes), codes.shape[1] - 1, np.full(len(codes), np.inf)
     keys = prefix_keys(np.concatenate([codes, occupied]), last)
     taken = {keys[n + group[0]]: occupied[group, last] for group in group_rows(keys[n:])}
-    for rows in group_rows(keys[:n]):
-        errors = last_code_errors(model, x[rows], codes[rows[0], :last])
+    groups = group_rows(keys[:n])
+    for rows, errors in zip(groups, last_code_errors(model, x, codes, groups), strict=True):
         errors[:, taken.get(keys[rows[0]], [])] = np.inf
         best[rows] = errors.min(1)
     return best

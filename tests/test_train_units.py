@@ -839,14 +839,16 @@ def example(n: int, sizes: list[int], seed: int) -> tuple[np.ndarray, np.ndarray
 
 
 def assigned(latents: np.ndarray, codes: np.ndarray, codebooks: list[np.ndarray], occupied=()) -> np.ndarray:
-    """With the squared distances of the residuals as costs, and none of the occupied IDs."""
-
-    def last_costs(rows, prefix):
-        above = sum((book[code] for book, code in zip(codebooks, prefix, strict=False)), np.zeros(latents.shape[1]))
-        return cdist(latents[rows] - above, codebooks[-1]) ** 2
-
+    """By a model that decodes latents to themselves; none of the occupied IDs."""
+    dim = latents.shape[1]
+    levels = {"codebook_quantization_levels": len(codebooks), "codebook_size": [len(book) for book in codebooks]}
+    config = RQVAEConfig(item_embedding_dim=dim, encoder_hidden_dims=[], codebook_embedding_dim=dim, **levels)
+    model = RQVAE(config).requires_grad_(False)
+    model.decoder.load_state_dict({"0.weight": torch.eye(dim), "0.bias": torch.zeros(dim)})
+    for quantizer, book in zip(model.quantizers, codebooks, strict=True):
+        quantizer.codebook.copy_(torch.from_numpy(book))
     occupied = np.array(occupied, dtype=np.int64).reshape(-1, codes.shape[1])
-    return train_rqvae.assign_distinct(latents, codes, codebooks, last_costs, occupied)
+    return train_rqvae.assign_distinct(model, torch.from_numpy(latents).float(), latents, codes, occupied)
 
 
 @st.composite
