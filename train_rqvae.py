@@ -62,15 +62,15 @@ print0 = print if RANK == 0 else lambda *_, **__: None
 # training
 RECONSTRUCTION_WEIGHT = 5.0  # against the quantization losses; codes spread more evenly than at 1
 ERROR_SCALE = 0.5  # share of the variance; larger errors count by their logarithm
-ADAM_BETAS = (0.9, 0.95)  # 0.95 instead of 0.999, as runs on a CPU have only thousands of steps
+ADAM_BETAS = (0.9, 0.95)  # 0.95 instead of 0.999: short runs have only thousands of steps
 MAX_AUTOENCODER_STEPS = 1000
-KMEANS_ROWS = 200_000  # k-means takes a sample of a larger catalogue
+SCALE_ROWS, KMEANS_ROWS = 2**15, 200_000  # standardisation and k-means take a sample of a larger catalogue
 LAST_RESET = 0.8  # share of the steps; a code revived later would not settle
 SEARCH_FROM = 0.5  # share of the steps; before it the nearest codes are good enough to learn from
 TRAINING_SEARCH_WIDTH = 4  # candidate IDs decoded per item, in training and validation
 SEARCH_WIDTH = 32  # the same in the export
 TIE_TOLERANCE = 0.03  # validation losses this close are a tie, and the later checkpoint wins it
-ROUNDING = 1e-10  # variance / mean square below which rows count as equal
+TINY = 1e-12  # instead of a variance of 0, should all items be equal
 
 # on a CPU few enough for the activations to stay in cache
 ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # rows of a forward and backward pass
@@ -88,6 +88,7 @@ FEW_ITEMS = range(2_400, 5_000)  # for which a recommender was seen to reward tw
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
+WRITABLE = "make room or set the rights there"
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
 RECIPE = "model_name", "instruction", "pooling"  # metadata of embed_items.py, on which the vectors depend
 MANY = 10**12
@@ -98,10 +99,10 @@ BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named h
     "gradient_clip_norm": (0, MANY), "input_mixing": (0, MANY), "val_split": (0, 0.99),
     "autoencoder_steps": (0, MANY), "max_steps": (-1, MANY),
 }  # fmt: skip
-NOT_SAVED = {"resume", "overwrite", "export_only", "keep_ids"}  # so that a resumed run writes equal bytes
 FREE_FIELDS = {  # may change with --resume and --export_only
     "data_dir", "checkpoint_dir", "num_rows", "device", "dtype", "num_epochs", "max_steps", "steps_per_train_log",
-    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", *NOT_SAVED,
+    "steps_per_val_log", "steps_per_checkpoint", "keep_checkpoints", "wandb_project", "collisions", "resume",
+    "overwrite", "export_only", "keep_ids",
 }  # fmt: skip
 
 # ---------------------------------------------------------------- configuration
@@ -109,7 +110,7 @@ FREE_FIELDS = {  # may change with --resume and --export_only
 
 @dataclass
 class RQVAEConfig:
-    """The command line of this script: every field is a flag, and checkpoints hold all but NOT_SAVED."""
+    """The command line of this script, and what checkpoints say of a run: every field is a flag."""
 
     category: str = HfArg(default="Video_Games", help="Catalogue name: the first part of every file name.")
     data_dir: str = HfArg(default="data/output", help="Folder of the embeddings and of the IDs.")
@@ -162,8 +163,10 @@ class RQVAEConfig:
     overwrite: bool = HfArg(default=False, help="Train again, and replace any result that is there.")
     export_only: bool = HfArg(default=False, help="Write the IDs from best_model.pth without training.")
     keep_ids: str | None = HfArg(default=None, help="With --export_only: an earlier export; its items keep their IDs.")
-    collisions: Literal["assign", "suffix", "keep"] = HfArg(
-        default="assign", help="Items with equal codes: assign other last codes, add one more code, or keep them equal."
+    collisions: Literal["assign", "suffix", "keep"] | None = HfArg(
+        default=None,
+        help="Items with equal codes: assign other last codes, add one more code, or keep them equal; by default assign, "
+        "and with --export_only as in training.",
     )
 
     def __post_init__(self):
@@ -184,6 +187,9 @@ class RQVAEConfig:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
         if self.keep_ids and (not self.export_only or self.num_rows or self.collisions == "keep"):
             raise ValueError("--keep_ids: needs --export_only, all rows, and distinct IDs")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume and --overwrite: the one goes on, the other starts over")
+        self.collisions = self.collisions or (None if self.export_only else "assign")
         for name in ("data_dir", "checkpoint_dir", "keep_ids"):
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
         self.source = Path(self.data_dir, f"{self.category}_items_with_embeddings.parquet")
@@ -222,11 +228,6 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
     with fail_on(ValueError, "command line", "wrong flag", "--help lists the flags"):
         return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
-
-
-def check_file(path: Path, way_out: str) -> None:
-    if not path.is_file():
-        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
 
 
 # ---------------------------------------------------------------- processes and devices
@@ -305,12 +306,11 @@ def keep_freed_memory() -> None:
 
 def lock(path: Path) -> IO:
     """Hold `path` for this process until the returned file is closed. The empty lock file stays."""
-    with fail_on(OSError, path, "cannot be written", "set the rights there, or choose another folder"):
+    with fail_on(OSError, path, "cannot be written", WRITABLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
     if os.name == "posix":
-        way_out = "wait for it, or give another --data_dir and --checkpoint_dir"
-        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
+        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", "wait for it"):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # any other OSError: a file system without locks
     return file
 
@@ -320,13 +320,13 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
     temporary = {path: path.with_name(f".{path.name}.tmp") for path in contents}
     try:
         for path, content in contents.items():
-            trouble, way_out = "cannot be written", "make room or set the rights there"
-            with fail_on(OSError, path, trouble, way_out), open(temporary[path], "wb") as file:
+            with fail_on(OSError, path, "cannot be written", WRITABLE), open(temporary[path], "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            os.replace(temporary[path], path)
+            with fail_on(OSError, path, "cannot be written", WRITABLE):
+                os.replace(temporary[path], path)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -339,8 +339,8 @@ class EmbeddingDataset:
     """The embeddings of a catalogue, in the order of the file.
 
     embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; fingerprint, of which
-    `data` is a checksum of all names, vectors and their order, and `recipe` says how the vectors were made. Under
-    torchrun, each process holds consecutive rows.
+    `data` is a checksum of the names, the vectors and their order, and `recipe` says how the vectors were made. Of
+    `world` processes, each holds consecutive rows, and their checksums add up to that of the file.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
@@ -387,8 +387,6 @@ class EmbeddingDataset:
         contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
         # not CRCs: they are linear, and a sum of them can survive two vectors changing places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
-        # with world 1, this may be rank 0 alone, whose sum over the processes would wait for ever
-        checksum = checksum if world == 1 else all_sum(torch.tensor(checksum)).item()
         recipe = {name: metadata[name] for name in RECIPE if name in metadata}
         self.fingerprint = {"data": checksum, "recipe": recipe}
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
@@ -526,7 +524,6 @@ class RQVAE(nn.Module):
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
         self.register_buffer("input_scale", torch.ones(()))
-        self.training_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32  # of the MLPs' products
         self.encoder, self.decoder = mlp(sizes), mlp(sizes[::-1])
         self.estimator = rotate_to if config.use_rotation_trick else straight_through
         kind, weights = VectorQuantizer, [config.commitment_weight]
@@ -535,8 +532,7 @@ class RQVAE(nn.Module):
         self.quantizers = nn.ModuleList(kind(size, latent_dim, *weights) for size in config.codebook_size)
 
     def _autocast(self, x: Tensor) -> torch.autocast:
-        half = self.training and self.training_dtype != torch.float32
-        return torch.autocast(x.device.type, self.training_dtype, enabled=half)
+        return torch.autocast(x.device.type, torch.bfloat16, self.training and self.config.dtype == "bfloat16")
 
     def encode(self, x: Tensor) -> Tensor:
         """Latents: (B, D) -> (B, E) float32. The last layer runs in float32, or similar items become equal."""
@@ -556,8 +552,8 @@ class RQVAE(nn.Module):
     def quantize(self, latents: Tensor, codes: Tensor | None = None) -> Quantized:
         """The residual walk of latents (B, E): each level quantizes the residual of the level above it.
 
-        Uses the nearest codes, or the given ones (B, L). The estimator acts once, on the sum of the codes; at each
-        level, it would give the encoder L times the gradient.
+        Uses the nearest codes, or the given ones (B, L). The estimator is applied once, to the sum of the codes: at every
+        level, it would multiply the encoder's gradient by L.
         """
         residuals, outputs = latents, []
         for level, quantizer in enumerate(self.quantizers):
@@ -621,24 +617,19 @@ class RQVAE(nn.Module):
 
 
 def fit_standardisation(model: RQVAE, embeddings: Tensor, rows: Tensor) -> None:
-    """Set the mean vector and the scale that give `rows` of embeddings (N, D) variance 1, on average over D."""
-    sums = torch.zeros(2, embeddings.shape[1], dtype=torch.float64)
-    for part in rows.split(2**12):
-        x = embeddings[part].cpu().double()
-        sums += torch.stack([x.sum(0), x.square().sum(0)])
-    mean, square = all_sum(sums) / all_sum(torch.tensor(len(rows)))
-    variance = (square - mean.square()).mean().clamp_min(ROUNDING * square.mean() + 1e-30)  # not 0 if all are equal
+    """Set the mean vector and the scale that give embeddings (N, D) variance 1, on average over D."""
+    x = embeddings[rows[:SCALE_ROWS]].cpu().double()
+    mean = all_sum(x.mean(0)) / WORLD
+    variance = all_sum((x - mean).square().mean()) / WORLD
     model.input_mean.copy_(mean)
-    model.input_scale.copy_(variance.sqrt())
+    model.input_scale.copy_(variance.sqrt().clamp_min(TINY))
 
 
 @torch.no_grad()
 def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
     """Centre latents (N, E) and give them unit variance; the decoder's first layer takes the inverse."""
     mean = latents.mean(0)
-    scale = (latents - mean).std()
-    if scale.square() <= ROUNDING * latents.square().mean():  # all items are equal up to rounding
-        scale = torch.ones_like(scale)
+    scale = (latents - mean).std().clamp_min(TINY)
     last, first = model.encoder[-1], model.decoder[0]
     last.bias.sub_(mean).div_(scale)
     last.weight.div_(scale)
@@ -667,8 +658,6 @@ def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_st
     parts = rows.split(chunk_rows(embeddings.device, 1))
     latents = torch.cat([model.encode(model.standardise(embeddings[part])) for part in parts])
     latents = gathered(latents).to(embeddings.device)
-    if not latents.isfinite().all():
-        raise SystemExit("error: latents became NaN or infinite; train again with a lower --max_lr and --overwrite")
     if RANK == 0:  # changes the MLPs and the codebooks here; the others get copies
         init_codebooks(model, rescale_latents(model, latents), rows_per_step)
     copy_from_rank_0(model)
@@ -765,8 +754,7 @@ def read_checkpoint(path: Path) -> dict:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
         checkpoint = {**torch.load(path, map_location="cpu", weights_only=True)}  # an error if it is no dict
-        fields = RQVAEConfig.__dataclass_fields__.keys() & checkpoint["config"].keys()  # an older script had others
-        return {**checkpoint, "config": RQVAEConfig(**{name: checkpoint["config"][name] for name in fields})}
+        return {**checkpoint, "config": RQVAEConfig(**checkpoint["config"])}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(first_line(error)) from error
 
@@ -778,8 +766,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
         checkpoint = read_checkpoint(Path(path))
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-    model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
-    model.recipe = checkpoint.get("recipe", {})  # an older script saved none
+        model.metrics, model.recipe = checkpoint["metrics"] | {"step": checkpoint["step"]}, checkpoint["recipe"]
     return model.to(device).eval()
 
 
@@ -964,12 +951,8 @@ class TrainingState:
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
         self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
-        if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
-            self.lowest_val_loss = checkpoint["lowest_val_loss"]
-        elif self.step == self.plan.total_steps:
-            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
-            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
+        has_best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
+        self.lowest_val_loss = checkpoint["lowest_val_loss"] if has_best else math.inf
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -977,7 +960,7 @@ class TrainingState:
             return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
-            "config": {name: value for name, value in asdict(self.config).items() if name not in NOT_SAVED},
+            "config": asdict(self.config) | {"resume": False, "overwrite": False},  # a resumed run writes equal bytes
             "step": self.step,
             "epoch": self.step // self.plan.steps_per_epoch,
             "val_loss": self.metrics.get("val/total_loss", math.inf),
@@ -1130,7 +1113,7 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
 
 
 def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: list[int]) -> Iterator[tuple]:
-    """Groups of items with equal first `level` codes in which some next code has more items than free IDs below it.
+    """Groups of items with equal first `level` codes, if any next code has more items than there are free IDs below it.
 
     codes (N, L), occupied (T, L) IDs already given, sizes (L) of the codebooks -> for each group its rows (n), and the
     number of free IDs below each next code (K).
@@ -1247,8 +1230,9 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, model
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
         every = np.concatenate([table.select(columns).to_numpy(), retired])
         in_range = every.min() >= 0 and (every[:, :levels] < sizes).all()
-        if not in_range or len(np.unique(every, axis=0)) < len(every) or table["parent_asin"].is_duplicated().any():
-            raise ValueError("an item or an ID occurs twice, or an ID is out of range")
+        once = len(np.unique(every, axis=0)) == len(every) and table["parent_asin"].is_unique().all()
+        if config.collisions == "keep" or not in_range or not once:
+            raise ValueError("items may share IDs, occur twice, or have IDs out of range")
     now = names.to_frame("parent_asin")
     ids = now.join(table, on="parent_asin", how="left", maintain_order="left").select(pl.col(columns).fill_null(-1))
     vanished = table.join(now, on="parent_asin", how="anti", maintain_order="left").select(columns)
@@ -1320,11 +1304,10 @@ def keeping_quality(model: RQVAE, x: Tensor, ids: np.ndarray, previous: Previous
 
 
 @torch.inference_mode()
-def unexplained_variance(x: Tensor, decoded: Tensor) -> float | None:
-    """sum |x - x^|^2 / sum |x - mean|^2 of x, decoded (N, D); None for equal items."""
-    spread = x.var(0, correction=0).sum() * len(x)
-    constant = spread <= ROUNDING * x.norm().square()
-    return None if constant else (F.mse_loss(decoded, x, reduction="sum") / spread).item()
+def unexplained_variance(x: Tensor, decoded: Tensor) -> float:
+    """sum |x - x^|^2 / sum |x - mean|^2 of x, decoded (N, D)."""
+    spread = x.var(0, correction=0).sum().clamp_min(TINY)
+    return (F.mse_loss(decoded, x, reduction="sum") / len(x) / spread).item()
 
 
 @torch.inference_mode()
@@ -1600,7 +1583,7 @@ def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
             trouble = f"has {items:,} items, and this trial {n:,}"
-            fail(config.ids_path, trouble, "give --overwrite, or another --data_dir and --checkpoint_dir")
+            fail(config.ids_path, trouble, "give --overwrite, or move it away")
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1613,11 +1596,14 @@ def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
-    check_file(config.source, "run embed_items.py first, or write one file there")
+    inputs = {config.source: "run embed_items.py first, or write one file there"}
     if config.export_only:
-        check_file(config.best_path, "train first, or name another --checkpoint_dir")
+        inputs[config.best_path] = "train first, or name another --checkpoint_dir"
     if config.keep_ids is not None:
-        check_file(Path(config.keep_ids), "name an earlier export, or leave --keep_ids out for new IDs")
+        inputs[Path(config.keep_ids)] = "name an earlier export, or leave --keep_ids out for new IDs"
+    for path, way_out in inputs.items():
+        if not path.is_file():
+            fail(path, "is a folder" if path.is_dir() else "not found", way_out)
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
@@ -1629,7 +1615,7 @@ def main(argv: list[str] | None = None) -> int:
     # data
     dataset = EmbeddingDataset(config.source, config.num_rows, RANK, WORLD)  # the rows of this process
     fingerprint, dim = dataset.fingerprint, dataset.embeddings.shape[1]
-    n = int(all_sum(torch.tensor(len(dataset))))
+    n, fingerprint["data"] = all_sum(torch.tensor([len(dataset), fingerprint["data"]])).tolist()
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
     # model
@@ -1637,10 +1623,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.export_only:
         model = load_model(config.best_path)
         check_model(model, config, fingerprint["recipe"], dim)
-        if not config.final_path.exists():
-            step = model.metrics["step"]
-            warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
         config.codebook_size = model.config.codebook_size
+        config.collisions = config.collisions or model.config.collisions
         check_sizes(n, config)
         check_replaced(config, n, from_start=False)
     else:

@@ -556,12 +556,6 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
     assert load(copy / BEST)["config"][flag] == other
 
 
-def test_the_ids_of_a_stopped_run_come_with_a_warning(unfinished, capsys):
-    assert run(unfinished, "--export_only") == 0
-    step = load(unfinished / BEST)["step"]
-    assert f"no {FINAL}: if that training was stopped, these are the IDs of its step {step}" in capsys.readouterr().err
-
-
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
     for flags in ({}, {"max_lr": 1e-2}):  # whatever flags are given now
         assert "has checkpoints of a run that was stopped; --resume goes on" in refused(unfinished, **flags)
@@ -593,7 +587,7 @@ def test_a_finished_run_can_be_trained_longer(copy, capsys, monkeypatch, refused
     assert load(copy / FINAL)["step"] == 60
 
 
-def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy, monkeypatch, refused):
+def test_a_longer_run_that_was_stopped_is_not_started_over(copy, monkeypatch, refused):
     longer = {"max_steps": 60, "steps_per_checkpoint": 1000}
     with monkeypatch.context() as patch:  # before its first validation: the best model is still that of the first run
         before_step(patch, 2, interrupt)
@@ -601,13 +595,6 @@ def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy
     assert not (copy / FINAL).exists()
     assert "a run that was stopped" in refused(copy, collisions="suffix")
     assert "a run that was stopped" in refused(copy, **longer)
-    (copy / LAST.replace("24", "26")).unlink()
-    with monkeypatch.context() as patch:  # after it
-        before_step(patch, 21, kill)
-        with pytest.raises(Killed):
-            run(copy, "--resume", **longer)
-    assert load(copy / BEST)["step"] > 24
-    assert f"{BEST}: missing, damaged or of a longer run" in refused(copy, "--resume")
 
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
@@ -652,9 +639,10 @@ def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folde
     assert run(folder, "--resume", **flags) == 0
     assert outputs(folder) == before
     (folder / BEST).unlink()  # it cannot be made again: its step may be long past
-    line = refused(folder, "--resume", **flags)
+    (folder / FINAL).unlink()
+    line = refused(folder, "--resume", files_stay=False, **flags)
     assert BEST in line
-    assert "--overwrite instead of --resume" in line
+    assert "train again" in line
 
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(copy, refused):
@@ -1189,7 +1177,7 @@ def test_more_items_than_ids_are_no_trouble_where_they_may_share(folder, refused
     assert ids_of(folder)["semantic_id"].n_unique() <= 64
     for sizes in (8, 2), (None, None):  # where they are left out, the model decides
         flags = dict(zip(("codebook_size", "codebook_quantization_levels"), sizes, strict=True))
-        assert "300 items, but only 64 IDs" in refused(folder, "--export_only", **flags)
+        assert "300 items, but only 64 IDs" in refused(folder, "--export_only", collisions="assign", **flags)
 
 
 # ---------------------------------------------------------------- damaged and foreign checkpoints
@@ -1275,14 +1263,14 @@ def test_embeddings_made_in_another_way_than_those_of_training_are_warned_of(fol
     assert "was trained on" not in capsys.readouterr().err
 
 
-def test_a_model_of_an_older_script_with_another_flag_is_used(copy):
-    checkpoint = load(copy / BEST)
-    checkpoint["config"]["input_noise"] = 0.5
-    del checkpoint["recipe"]
-    torch.save(checkpoint, copy / BEST)
-    before = ids_of(copy)
-    assert run(copy, "--export_only") == 0
-    assert ids_of(copy).equals(before)
+def test_an_export_makes_ids_distinct_as_in_training_unless_asked(folder):
+    assert run(folder, collisions="suffix") == 0
+    before = ids_of(folder)
+    assert run(folder, "--export_only") == 0
+    assert run(folder, "--export_only", keep_ids=IDS) == 0
+    assert ids_of(folder).equals(before)
+    assert run(folder, "--export_only", collisions="assign") == 0
+    assert ids_of(folder).width == before.width - 1
 
 
 def test_a_model_of_a_trial_is_used_with_a_warning(copy, capsys):
