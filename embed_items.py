@@ -58,7 +58,7 @@ POOLER = "pooler."  # a layer of models like BERT that no pooling here reads
 MIN_PREFIX = 8  # tokens; a shorter prefix saves less time than it costs
 ROWS_PER_GROUP = 8192  # rows per row group of the output, and rows of a parquet file in memory at once
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-ROOM = "free disk space or get write access there, or choose another --data_dir"
+ROOM = "free disk space or get write access there"
 
 # Set by torchrun, and read only under torchrun, because clusters set RANK and WORLD_SIZE for other purposes.
 RANK, WORLD, LOCAL_RANK = 0, 1, 0
@@ -153,8 +153,7 @@ def lock(path: Path) -> IO:
     with fail_on(OSError, path, "cannot be written", ROOM):
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller closes it
     if os.name == "posix":
-        way_out = "wait for it, or give another --data_dir"
-        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", way_out):
+        with suppress(OSError), fail_on(BlockingIOError, path, "another run is writing it", "wait for it"):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # any other OSError: a file system without locks
     return file
 
@@ -206,8 +205,6 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
             ids += rows[mask > 0].astype(np.int32).tobytes()
             lengths.append((mask > 0).sum(axis=1))
         lengths = np.concatenate(lengths)
-        if not lengths.all():
-            raise ValueError(f"{(lengths == 0).sum()} items have no token, the first in row {lengths.argmin()}")
     starts = lengths.cumsum() - lengths
     return Tokens(np.frombuffer(ids, np.int32), starts[:num_rows], lengths[:num_rows], **settings)
 
@@ -278,7 +275,8 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}
     modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
     modes = "+".join([modes] if isinstance(modes, str) else modes)
-    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
+    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes)  # pooling_mode_lasttoken -> last
+    declared = declared or ("unknown" if modules else None)
     if declared and not settings.get("include_prompt", True):
         declared = f"{declared} without the prompt"
     if config.pooling != "auto":
@@ -295,13 +293,11 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     flag = f"--model_name {name}"
     way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
     print0(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
-    # weights of another shape are then listed instead of raised
-    options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options = {"output_loading_info": True, "trust_remote_code": False}
     with fail_on(Exception, flag, "no model can be loaded from there", way_out):
         model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
-    unset = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # now random numbers
-    if missing := sorted(key for key in unset if not key.startswith(POOLER)):
-        trouble = f"{len(missing)} weights are not in its files or of another shape, {missing[0]} first"
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(POOLER)):  # now random numbers
+        trouble = f"{len(missing)} weights are not in its files, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
     if getattr(model.config, "auto_map", None):
         print0(f"warning: {name} brings code of its own, which is not used", file=sys.stderr)
@@ -370,8 +366,7 @@ def embed(
     vectors = F.normalize(pooled.float()[:, : config.target_dim], dim=-1).cpu().numpy()
     if not (sound := is_unit(vectors)).all():
         trouble = f"row {rows[~sound].min()} becomes NaN, infinite or zero in {config.dtype}"
-        damaged = "the model's weights are damaged: download them again"
-        fail(config.path(TOKENS), trouble, damaged if config.dtype == "float32" else "use --dtype float32")
+        fail(config.path(TOKENS), trouble, "use --dtype float32, or get the model's weights again")
     return vectors
 
 
@@ -379,13 +374,9 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
     """Ends the run if the tokens were made for another model, or are more than this one reads."""
     name, path = config.model_name, config.path(TOKENS)
     again = f"run tokenize_items.py with --model_name {name}"
-    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    for token in (tokens.ids.min(), tokens.ids.max()):
-        if not 0 <= token < vocabulary:
-            fail(path, f"holds token {token}, but the model knows {vocabulary} tokens", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet says -1 for no limit
-        fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} --max_length {limit}")
+        fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} and a lower --max_length")
     with fail_on(Exception, f"--model_name {name}", "has no tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     texts = pl.scan_parquet(config.path(CATALOGUE), glob=False).select("item_context").head(TEXTS_CHECKED).collect()
@@ -601,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
                 other = [name for name in recipe if earlier.get(name) != recipe[name]]
                 rows = first[~reuse(config, store, other, hashes, first)]
             batches = batches_by_length(np.sort(rows), tokens.lengths, config.tokens_per_batch)
-            # an unfinished batch is embedded whole, because other batches would round differently
+            # an unfinished batch is embedded again as a whole: in a smaller one, a text would get slightly other bits
             left = [batch for batch in batches if not is_unit(store.read(batch)).all()]
             size = sum(map(len, left))
             print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")

@@ -165,8 +165,8 @@ class RQVAEConfig:
     keep_ids: str | None = HfArg(default=None, help="With --export_only: an earlier export; its items keep their IDs.")
     collisions: Literal["assign", "suffix", "keep"] | None = HfArg(
         default=None,
-        help="Items with equal codes: assign other last codes, add one more code, or keep them equal; by default assign, "
-        "and with --export_only as in training.",
+        help="Items with equal codes: assign other last codes, add one more code, or keep them equal; "
+        "by default assign, and with --export_only as in training.",
     )
 
     def __post_init__(self):
@@ -210,8 +210,8 @@ def warn(message: str) -> None:
         tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 @contextmanager
@@ -220,7 +220,7 @@ def fail_on(errors: type | tuple, subject: str | Path, trouble: str, way_out: st
     try:
         yield
     except errors as error:
-        fail(subject, f"{trouble} ({first_line(error)})", way_out)
+        fail(subject, f"{trouble} ({brief(error)})", way_out)
 
 
 def parse_config(argv: list[str] | None) -> RQVAEConfig:
@@ -552,8 +552,8 @@ class RQVAE(nn.Module):
     def quantize(self, latents: Tensor, codes: Tensor | None = None) -> Quantized:
         """The residual walk of latents (B, E): each level quantizes the residual of the level above it.
 
-        Uses the nearest codes, or the given ones (B, L). The estimator is applied once, to the sum of the codes: at every
-        level, it would multiply the encoder's gradient by L.
+        Uses the nearest codes, or the given ones (B, L). The estimator is applied once, to the sum of the codes: at
+        every level, it would multiply the encoder's gradient by L.
         """
         residuals, outputs = latents, []
         for level, quantizer in enumerate(self.quantizers):
@@ -756,7 +756,7 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = {**torch.load(path, map_location="cpu", weights_only=True)}  # an error if it is no dict
         return {**checkpoint, "config": RQVAEConfig(**checkpoint["config"])}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        raise ValueError(first_line(error)) from error
+        raise ValueError(brief(error)) from error
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
@@ -1491,7 +1491,8 @@ def export(model: RQVAE, dataset: EmbeddingDataset, config: RQVAEConfig) -> dict
 def start_wandb(config: RQVAEConfig, run_id: str | None):
     """An online run if an API key is configured, else an offline one; WANDB_MODE decides if it is set."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
-    try:
+    way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
+    with fail_on((wandb.errors.Error, ValueError), "W&B", "refuses its settings", way_out):
         options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
         options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
         options["settings"] = wandb.Settings(console="off", init_timeout=30)
@@ -1500,12 +1501,8 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
         try:
             run = wandb.init(mode=mode, **options)
         except wandb.errors.CommError as error:
-            warn(f"W&B is out of reach or refuses the key ({first_line(error)}): this run is logged offline")
+            warn(f"W&B is out of reach or refuses the key ({brief(error)}): this run is logged offline")
             mode, run = "offline", wandb.init(mode="offline", **options)
-    except (wandb.errors.Error, ValueError) as error:
-        words = " ".join(str(error).splitlines()[:3])  # those of a wrong value are in the second and third line
-        way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
-        fail("W&B", f"refuses its settings ({words})", way_out)
     sync = f"; to upload this run later: wandb sync {run.settings.sync_dir}" if mode == "offline" else ""
     print("W&B:", " ".join(filter(None, (mode, run.url))) + sync)
     return run
@@ -1642,8 +1639,8 @@ def main(argv: list[str] | None = None) -> int:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
         check_sizes(n, config, plan)
         check_replaced(config, n, from_start=not (is_trained or resumed))
-        found = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
-        if not all_sum(found.clone()).equal(found * WORLD):  # other machines see another folder
+        seen = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
+        if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
             fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
         if is_complete:
             print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
