@@ -34,7 +34,7 @@ FORMAT_VERSION = 3
 MAX_LENGTH = 2048  # by default also where a model declares more
 TEXTS_PER_CALL = 512  # enough to keep all threads of the tokenizer busy
 ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
-ROOM = "free disk space or get write access there, or choose another --data_dir"
+ROOM = "free disk space or get write access there"
 
 # ---------------------------------------------------------------- configuration
 
@@ -96,11 +96,9 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, and ends the run if they break the contract."""
+    way_out = "write your catalogue there as one file, with the columns parent_asin and item_context"
     if not path.is_file():
-        if path.is_dir():
-            fail(path, "is a folder", f"read it with pl.read_parquet('{path}/*.parquet') and write one file")
-        fail(path, "not found", "write your catalogue there, with the columns parent_asin and item_context")
-    way_out = "write it again, with the columns parent_asin and item_context"
+        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
     with fail_on((pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError), path, "cannot be read", way_out):
         catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"], glob=False)
     if catalogue.height == 0:
@@ -141,32 +139,27 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Sets max_length; warns if the end token or the prompt is not what the model declares. text: the first item's."""
-    declared, length, prompts = {}, 0, {}
-    for name in ("tokenizer_config.json", "sentence_bert_config.json", "config_sentence_transformers.json"):
+    """Sets max_length; warns if the model declares prompts, and text, the first item's, starts with none of them."""
+    declared = {}
+    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
         path = f"{config.model_name}/{name}"
         try:
-            file = cached_file(config.model_name, name)
+            with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
+                declared |= json.loads(Path(cached_file(config.model_name, name)).read_text("utf-8"))
         except OSError as error:  # without a cause: there is no such file; with one: the hub could not be asked
             if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
                 trouble = f"the hub cannot be asked for {path}, which may declare a length or prompts"
                 print(f"warning: {trouble}; go online once, or see --max_length, --instruction", file=sys.stderr)
-            continue
-        with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
-            declared |= json.loads(Path(file).read_text("utf-8"))
-            length, prompts = int(declared.get("max_seq_length") or 0), dict(declared.get("prompts") or {})
-    default, limit = min(length or MAX_LENGTH, MAX_LENGTH), tokenizer.model_max_length  # 10**30 where there is none
-    config.max_length = min(config.max_length or default, limit)
+    length, limit = int(declared.get("max_seq_length") or 0), tokenizer.model_max_length  # 10**30 where there is none
+    config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
     reads = f"at most {limit}" if limit < 10**9 else "any length"
     print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {reads}")
 
-    # tokenizer.json alone decides whether transformers adds an end token
-    if declared.get("add_eos_token") and tokenizer("x")["input_ids"][-1:] != [tokenizer.eos_token_id]:
-        trouble = f"no item will end in {tokenizer.eos_token}, which tokenizer_config.json asks for (add_eos_token)"
-        print(f"warning: {trouble}; set tokenizer.add_eos_token = True in Python and save it", file=sys.stderr)
     # an item may start with any declared prompt, or with none unless one for documents is declared
+    prompts = declared.get("prompts") or {}
     starts = [prompt or "" for prompt in prompts.values()]
     starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
+    # an instruction of your own fits if any declared prompt is one
     fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
     if "__version__" in declared and not any(fits):  # the model was saved by sentence-transformers
         trouble = f"texts start with {(config.prompt + text)[:30]!r}, but the model declares the prompts {prompts}"
