@@ -1435,7 +1435,7 @@ def print_report(quality: dict, tree: str) -> None:
             warn(f"the model no longer fits this catalogue ({trouble}): train again")
     if items in FEW_ITEMS and len(quality["codebook_size"]) > 2:
         flags = "--codebook_size 1024 1024 --collisions suffix"
-        print(f"\non so few items, a recommender does better with {flags}: see README")
+        print(f"\non so few items, if each has many interactions, a recommender does better with {flags}: see README")
     print(f"\nsome prefixes and their items:\n{tree}")
 
 
