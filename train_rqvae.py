@@ -306,6 +306,8 @@ def keep_freed_memory() -> None:
 
 def lock(path: Path) -> IO:
     """Hold `path` for this process until the returned file is closed. The empty lock file stays."""
+    if path.is_dir():
+        fail(path, "is a folder", "move it away")
     with fail_on(OSError, path, "cannot be written", WRITABLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it

@@ -1305,7 +1305,7 @@ def test_files_and_folders_in_each_others_place_are_refused(copy, refused):
     (copy / "file").write_text("a file")
     for place in ("file", "file/deeper"):
         assert place in refused(copy, checkpoint_dir=place)
-    for path, flags in ((BEST, {}), (IDS, {"keep_ids": IDS}), (SOURCE, {})):
+    for path, flags in ((BEST, {}), (IDS, {"keep_ids": IDS}), (IDS, {}), (SOURCE, {})):
         (copy / path).rename(copy / "away")
         (copy / path).mkdir()
         assert f"{path}: is a folder; " in refused(copy, "--export_only", **flags)
