@@ -374,6 +374,10 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
     """Ends the run if the tokens were made for another model, or are more than this one reads."""
     name, path = config.model_name, config.path(TOKENS)
     again = f"run tokenize_items.py with --model_name {name}"
+    vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
+    for token in (tokens.ids.min(), tokens.ids.max()):
+        if not 0 <= token < vocabulary:
+            fail(path, f"holds token {token}, but the model knows {vocabulary} tokens", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet says -1 for no limit
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} and a lower --max_length")
@@ -386,8 +390,9 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
         if expected != tokens.ids[start : start + length].tolist():
             fail(path, f"made for {tokens.model_name}, and {name} now cuts the same text into other tokens", again)
     last = tokens.ids[tokens.starts + tokens.lengths - 1]
-    if config.pooling == "last" and (last != last[0]).any():
-        print0("warning: --pooling last expects one end token, but items end in different ones", file=sys.stderr)
+    if config.pooling == "last" and not ((last == last[0]) & np.isin(last, tokenizer.all_special_ids)).all():
+        trouble = "--pooling last expects one end token, but the tokenizer adds none"
+        print0(f"warning: {trouble}; set tokenizer.add_eos_token = True in Python and save it", file=sys.stderr)
 
 
 @torch.inference_mode()

@@ -140,23 +140,25 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Sets max_length; warns if the model declares prompts, and text, the first item's, starts with none of them."""
-    declared = {}
+    declared, length, prompts = {}, 0, {}
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
         path = f"{config.model_name}/{name}"
         try:
-            with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
-                declared |= json.loads(Path(cached_file(config.model_name, name)).read_text("utf-8"))
+            file = cached_file(config.model_name, name)
         except OSError as error:  # without a cause: there is no such file; with one: the hub could not be asked
             if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
                 trouble = f"the hub cannot be asked for {path}, which may declare a length or prompts"
                 print(f"warning: {trouble}; go online once, or see --max_length, --instruction", file=sys.stderr)
-    length, limit = int(declared.get("max_seq_length") or 0), tokenizer.model_max_length  # 10**30 where there is none
+            continue
+        with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
+            declared |= json.loads(Path(file).read_text("utf-8"))
+            length, prompts = int(declared.get("max_seq_length") or 0), dict(declared.get("prompts") or {})
+    limit = tokenizer.model_max_length  # 10**30 where there is none
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
     reads = f"at most {limit}" if limit < 10**9 else "any length"
     print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {reads}")
 
     # an item may start with any declared prompt, or with none unless one for documents is declared
-    prompts = declared.get("prompts") or {}
     starts = [prompt or "" for prompt in prompts.values()]
     starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
     # an instruction of your own fits if any declared prompt is one

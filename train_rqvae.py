@@ -166,7 +166,7 @@ class RQVAEConfig:
     collisions: Literal["assign", "suffix", "keep"] | None = HfArg(
         default=None,
         help="Items with equal codes: assign other last codes, add one more code, or keep them equal; "
-        "by default assign, and with --export_only as in training.",
+        "by default assign, and with --export_only as best_model.pth was trained.",
     )
 
     def __post_init__(self):
@@ -187,8 +187,6 @@ class RQVAEConfig:
             raise ValueError(f"--min_lr {self.min_lr}: must not be above --max_lr {self.max_lr}")
         if self.keep_ids and (not self.export_only or self.num_rows or self.collisions == "keep"):
             raise ValueError("--keep_ids: needs --export_only, all rows, and distinct IDs")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume and --overwrite: the one goes on, the other starts over")
         self.collisions = self.collisions or (None if self.export_only else "assign")
         for name in ("data_dir", "checkpoint_dir", "keep_ids"):
             setattr(self, name, getattr(self, name) and os.path.expanduser(getattr(self, name)))
@@ -306,9 +304,9 @@ def keep_freed_memory() -> None:
 
 def lock(path: Path) -> IO:
     """Hold `path` for this process until the returned file is closed. The empty lock file stays."""
-    if path.is_dir():
-        fail(path, "is a folder", "move it away")
     with fail_on(OSError, path, "cannot be written", WRITABLE):
+        if path.is_dir():
+            fail(path, "is a folder", "move it away")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
     if os.name == "posix":
@@ -660,6 +658,8 @@ def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_st
     parts = rows.split(chunk_rows(embeddings.device, 1))
     latents = torch.cat([model.encode(model.standardise(embeddings[part])) for part in parts])
     latents = gathered(latents).to(embeddings.device)
+    if not latents.isfinite().all():
+        raise SystemExit("error: latents became NaN or infinite; train again with a lower --max_lr and --overwrite")
     if RANK == 0:  # changes the MLPs and the codebooks here; the others get copies
         init_codebooks(model, rescale_latents(model, latents), rows_per_step)
     copy_from_rank_0(model)
@@ -756,7 +756,8 @@ def read_checkpoint(path: Path) -> dict:
             if archive.testzip():  # torch.load does not verify checksums
                 raise ValueError("its checksums do not match")
         checkpoint = {**torch.load(path, map_location="cpu", weights_only=True)}  # an error if it is no dict
-        return {**checkpoint, "config": RQVAEConfig(**checkpoint["config"])}
+        fields = RQVAEConfig.__dataclass_fields__.keys() & checkpoint["config"].keys()  # an older script had others
+        return {**checkpoint, "config": RQVAEConfig(**{name: checkpoint["config"][name] for name in fields})}
     except Exception as error:  # a damaged file makes torch.load raise nearly anything
         raise ValueError(brief(error)) from error
 
@@ -768,7 +769,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
         checkpoint = read_checkpoint(Path(path))
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
-        model.metrics, model.recipe = checkpoint["metrics"] | {"step": checkpoint["step"]}, checkpoint["recipe"]
+        model.metrics = checkpoint["metrics"] | {"step": checkpoint["step"]}
+        model.recipe = checkpoint.get("recipe", {})  # an older script saved none
     return model.to(device).eval()
 
 
@@ -953,8 +955,12 @@ class TrainingState:
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
         self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        has_best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
-        self.lowest_val_loss = checkpoint["lowest_val_loss"] if has_best else math.inf
+        best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
+        if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
+            self.lowest_val_loss = checkpoint["lowest_val_loss"]
+        elif self.step == self.plan.total_steps:
+            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
+            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -1622,6 +1628,9 @@ def main(argv: list[str] | None = None) -> int:
     if config.export_only:
         model = load_model(config.best_path)
         check_model(model, config, fingerprint["recipe"], dim)
+        if not config.final_path.exists():
+            step = model.metrics["step"]
+            warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
         config.codebook_size = model.config.codebook_size
         config.collisions = config.collisions or model.config.collisions
         check_sizes(n, config)

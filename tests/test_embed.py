@@ -432,7 +432,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(qwen3_dir, catalogue, 
     ("overrides", "expected"),
     [
         ({}, "cuts the same text into other tokens"),
-        ({"vocab_size": 100}, "cuts the same text into other tokens"),
+        ({"vocab_size": 100}, "the model knows 100 tokens"),
         ({"max_position_embeddings": 32}, "the model reads only 32"),
     ],
 )
@@ -665,15 +665,22 @@ def test_vectors_are_those_of_sentence_transformers(
     assert np.abs(read_vectors(tmp_path) - expected).max() < 1e-5
 
 
-def test_items_that_end_in_no_common_token_are_warned_of(qwen3_dir, catalogue, tiny_encoder, tmp_path, capsys):
+@pytest.mark.parametrize("end", ["", " Sold here"])
+def test_items_without_an_end_token_are_warned_of(qwen3_dir, catalogue, tiny_encoder, tmp_path, capsys, end):
     tokenizer = AutoTokenizer.from_pretrained(copy_encoder(tiny_encoder, tmp_path / "open"))
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.save_pretrained(tmp_path / "open")
-    tokenize(qwen3_dir, catalogue, tmp_path / "open")
+    tokenize(qwen3_dir, catalogue.with_columns(pl.col("item_context") + end), tmp_path / "open")
     capsys.readouterr()
     for pooling in ("last", "mean"):
         main(flags(qwen3_dir, "--pooling", pooling))
         assert ("warning: --pooling last expects one end token" in capsys.readouterr().err) == (pooling == "last")
+
+    tokenizer.add_eos_token = True  # the advice
+    tokenizer.save_pretrained(tmp_path / "open")
+    tokenize(qwen3_dir, catalogue, tmp_path / "open")
+    main(flags(qwen3_dir))
+    assert "warning" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- models that fit no item
@@ -686,7 +693,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "in
     [
         (T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), "cannot embed an item of 150 tokens"),
         (RobertaConfig(max_position_embeddings=150, **TINY), "cannot embed an item of 150 tokens"),
-        (ViTConfig(**TINY), "cannot embed an item of 150 tokens"),
+        (ViTConfig(**TINY), "the model knows 0 tokens"),
     ],
     ids=["an encoder and decoder", "positions that start at 2", "an image encoder"],
 )

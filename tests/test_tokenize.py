@@ -163,7 +163,7 @@ def test_other_prompts_than_the_declared_ones_are_warned_of(
 
 def test_damaged_declarations_are_refused(data_dir, declaring, refused):
     folder = declaring({})
-    for content in ("{", "[1]", "7"):
+    for content in ("{", "[1]", "7", '{"max_seq_length": "long"}', '{"prompts": "query: "}'):
         (folder / "sentence_bert_config.json").write_text(content)
         assert f"{folder}/sentence_bert_config.json: damaged" in refused(main, flags(data_dir, folder), data_dir)
 

@@ -556,6 +556,12 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
     assert load(copy / BEST)["config"][flag] == other
 
 
+def test_the_ids_of_a_stopped_run_come_with_a_warning(unfinished, capsys):
+    assert run(unfinished, "--export_only") == 0
+    step = load(unfinished / BEST)["step"]
+    assert f"no {FINAL}: if that training was stopped, these are the IDs of its step {step}" in capsys.readouterr().err
+
+
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
     for flags in ({}, {"max_lr": 1e-2}):  # whatever flags are given now
         assert "has checkpoints of a run that was stopped; --resume goes on" in refused(unfinished, **flags)
@@ -587,7 +593,7 @@ def test_a_finished_run_can_be_trained_longer(copy, capsys, monkeypatch, refused
     assert load(copy / FINAL)["step"] == 60
 
 
-def test_a_longer_run_that_was_stopped_is_not_started_over(copy, monkeypatch, refused):
+def test_a_longer_run_that_was_stopped_is_neither_exported_nor_started_over(copy, monkeypatch, refused):
     longer = {"max_steps": 60, "steps_per_checkpoint": 1000}
     with monkeypatch.context() as patch:  # before its first validation: the best model is still that of the first run
         before_step(patch, 2, interrupt)
@@ -595,6 +601,13 @@ def test_a_longer_run_that_was_stopped_is_not_started_over(copy, monkeypatch, re
     assert not (copy / FINAL).exists()
     assert "a run that was stopped" in refused(copy, collisions="suffix")
     assert "a run that was stopped" in refused(copy, **longer)
+    (copy / LAST.replace("24", "26")).unlink()
+    with monkeypatch.context() as patch:  # after it
+        before_step(patch, 21, kill)
+        with pytest.raises(Killed):
+            run(copy, "--resume", **longer)
+    assert load(copy / BEST)["step"] > 24
+    assert f"{BEST}: missing, damaged or of a longer run" in refused(copy, "--resume")
 
 
 def test_results_of_more_rows_are_replaced_by_a_trial_only_when_asked(copy, refused):
@@ -639,10 +652,9 @@ def test_a_run_killed_after_its_last_checkpoint_still_ends_with_every_file(folde
     assert run(folder, "--resume", **flags) == 0
     assert outputs(folder) == before
     (folder / BEST).unlink()  # it cannot be made again: its step may be long past
-    (folder / FINAL).unlink()
-    line = refused(folder, "--resume", files_stay=False, **flags)
+    line = refused(folder, "--resume", **flags)
     assert BEST in line
-    assert "train again" in line
+    assert "--overwrite instead of --resume" in line
 
 
 def test_resuming_with_fewer_steps_than_are_done_is_refused(copy, refused):
@@ -1261,6 +1273,16 @@ def test_embeddings_made_in_another_way_than_those_of_training_are_warned_of(fol
     table.write_parquet(folder / SOURCE)  # saved again by another program
     assert run(folder, "--export_only") == 0
     assert "was trained on" not in capsys.readouterr().err
+
+
+def test_a_model_of_an_older_script_with_another_flag_is_used(copy):
+    checkpoint = load(copy / BEST)
+    checkpoint["config"]["input_noise"] = 0.5
+    del checkpoint["recipe"]
+    torch.save(checkpoint, copy / BEST)
+    before = ids_of(copy)
+    assert run(copy, "--export_only") == 0
+    assert ids_of(copy).equals(before)
 
 
 def test_an_export_makes_ids_distinct_as_in_training_unless_asked(folder):
