@@ -390,7 +390,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
         if expected != tokens.ids[start : start + length].tolist():
             fail(path, f"made for {tokens.model_name}, and {name} now cuts the same text into other tokens", again)
     last = tokens.ids[tokens.starts + tokens.lengths - 1]
-    if config.pooling == "last" and not ((last == last[0]) & np.isin(last, tokenizer.all_special_ids)).all():
+    if config.pooling == "last" and ((last != last[0]).any() or last[0] not in tokenizer.all_special_ids):
         trouble = "--pooling last expects one end token, but the tokenizer adds none"
         print0(f"warning: {trouble}; set tokenizer.add_eos_token = True in Python and save it", file=sys.stderr)
 

@@ -70,7 +70,7 @@ SEARCH_FROM = 0.5  # share of the steps; before it the nearest codes are good en
 TRAINING_SEARCH_WIDTH = 4  # candidate IDs decoded per item, in training and validation
 SEARCH_WIDTH = 32  # the same in the export
 TIE_TOLERANCE = 0.03  # validation losses this close are a tie, and the later checkpoint wins it
-TINY = 1e-12  # instead of a variance of 0, should all items be equal
+TINY = 1e-30  # instead of a variance of 0, should all items be equal
 
 # on a CPU few enough for the activations to stay in cache
 ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # rows of a forward and backward pass
@@ -629,7 +629,7 @@ def fit_standardisation(model: RQVAE, embeddings: Tensor, rows: Tensor) -> None:
 def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
     """Centre latents (N, E) and give them unit variance; the decoder's first layer takes the inverse."""
     mean = latents.mean(0)
-    scale = (latents - mean).std().clamp_min(TINY)
+    scale = (latents - mean).std().clamp_min(1e-6)  # equal items differ by rounding alone
     last, first = model.encoder[-1], model.decoder[0]
     last.bias.sub_(mean).div_(scale)
     last.weight.div_(scale)
@@ -1145,8 +1145,8 @@ def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, groups: list[np
     for some in (groups[start : start + step] for start in range(0, len(groups), step)):
         ids = torch.from_numpy(codes[[rows[0] for rows in some]]).unsqueeze(1).repeat(1, size, 1)  # (G, K, L)
         ids[..., -1] = torch.arange(size)
-        for rows, decoded in zip(some, model.decode(model.decode_levels(ids.to(device))), strict=True):
-            target = model.standardise(x[rows].to(device))
+        targets = model.standardise(x[np.concatenate(some)].to(device)).split([len(rows) for rows in some])
+        for target, decoded in zip(targets, model.decode(model.decode_levels(ids.to(device))), strict=True):
             errors = code_distances(target, decoded) + target.square().sum(1, keepdim=True)
             yield (errors / x.shape[1]).cpu().numpy()
 

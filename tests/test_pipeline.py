@@ -242,7 +242,7 @@ def test_readme_snippets_turn_ids_into_tokens_that_a_language_model_writes(tmp_p
     ids.write_parquet(tmp_path / "data" / "output" / "Sample_semantic_ids.parquet")
     rqvae = train_rqvae.RQVAE(train_rqvae.RQVAEConfig(item_embedding_dim=16))
     checkpoint = {"model_state_dict": rqvae.state_dict(), "config": asdict(rqvae.config)}
-    checkpoint |= {"step": 1, "metrics": {}, "data": 0, "recipe": {}}
+    checkpoint |= {"step": 1, "metrics": {}, "data": 0}
     torch.save(checkpoint, tmp_path / "checkpoints" / "rqvae" / "best_model.pth")
     monkeypatch.chdir(tmp_path)
 

@@ -412,6 +412,11 @@ def test_flags_that_cannot_go_with_it_are_refused(folder, refused_export, change
     assert words in refused_export(folder, **changes)
 
 
+def test_a_model_trained_to_keep_equal_ids_is_refused(folder, refused_export):
+    run(folder, "--overwrite", collisions="keep")
+    assert "not an export with distinct IDs" in refused_export(folder)
+
+
 def test_it_is_no_flag_of_training(folder, capsys):
     with pytest.raises(SystemExit) as ended:
         run(folder, keep_ids=ids_path(folder))
