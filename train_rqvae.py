@@ -780,36 +780,40 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(((int(match[1]), path) for match, path in matches if match), reverse=True))
 
 
-def mismatch(checkpoint: dict, config: RQVAEConfig, fingerprint: dict) -> str | None:
-    """Why a checkpoint belongs to another run; None if it belongs to this one."""
+def mismatch(checkpoint: dict, config: RQVAEConfig, fingerprint: dict, total_steps: int) -> str | None:
+    """Why a checkpoint belongs to another or a longer run; None if this run may have written it."""
     for name, value in asdict(config).items():
         trained = getattr(checkpoint["config"], name)
         if name not in FREE_FIELDS and trained != value:
             return f"trained with --{name} {trained}, not {value}"
+    if max(checkpoint["step"], checkpoint.get("autoencoder_steps", -1) + 1) > total_steps:
+        return f"of a run of more than {total_steps} steps"
     return None if checkpoint["data"] == fingerprint["data"] else "trained on other embeddings than these"
 
 
-def read_if_same_run(path: Path, config: RQVAEConfig, fingerprint: dict) -> dict | None:
-    """The checkpoint at `path`; None if it is missing, damaged or of another run."""
+def read_if_same_run(path: Path, *run) -> dict | None:
+    """The checkpoint at `path`; None if it is missing, damaged or has a `mismatch`."""
     with suppress(ValueError):
         checkpoint = read_checkpoint(path)
-        return None if mismatch(checkpoint, config, fingerprint) else checkpoint
+        return None if mismatch(checkpoint, *run) else checkpoint
     return None
 
 
 def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
     way_out = "give the same flags and no smaller --max_steps, or --overwrite instead of --resume"
-    for step, path in numbered_checkpoints(config.checkpoints).items():
+    for path in numbered_checkpoints(config.checkpoints).values():
         try:
             checkpoint = read_checkpoint(path)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        if trouble := mismatch(checkpoint, config, fingerprint):
+        if trouble := mismatch(checkpoint, config, fingerprint, total_steps):
             fail(path, trouble, way_out)
-        if step > total_steps:
-            fail(path, f"trained for more than {total_steps} steps", way_out)
+        if not read_if_same_run(config.best_path, config, fingerprint, total_steps):
+            if checkpoint["step"] == total_steps:
+                fail(config.best_path, "missing, damaged or of a longer run, and no step is left to make it", way_out)
+            checkpoint["lowest_val_loss"] = math.inf  # the next validation writes a best model
         print0(f"going on from {path}")
         return checkpoint
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
@@ -955,12 +959,7 @@ class TrainingState:
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
         self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
-        if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
-            self.lowest_val_loss = checkpoint["lowest_val_loss"]
-        elif self.step == self.plan.total_steps:
-            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
-            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
+        self.lowest_val_loss = checkpoint["lowest_val_loss"]
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -1642,7 +1641,8 @@ def main(argv: list[str] | None = None) -> int:
         config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        final, best = (read_if_same_run(path, config, fingerprint) for path in (config.final_path, config.best_path))
+        paths = config.final_path, config.best_path
+        final, best = (read_if_same_run(path, config, fingerprint, plan.total_steps) for path in paths)
         is_trained = bool(final and best and final["step"] == plan.total_steps and not config.overwrite)
         is_complete = is_trained and is_exported(config, dataset)
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
