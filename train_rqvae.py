@@ -963,8 +963,6 @@ class TrainingState:
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
-        if RANK > 0:
-            return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
             "config": asdict(self.config) | {"resume": False, "overwrite": False},  # a resumed run writes equal bytes
@@ -979,7 +977,7 @@ class TrainingState:
         atomic_write({path: file.getvalue()})
 
     def save_numbered(self) -> None:
-        """Save all that an exact resume needs; delete old numbered checkpoints, and later ones of an earlier run."""
+        """Save all that an exact resume needs; delete old numbered checkpoints."""
         self.save(
             self.config.checkpoints / f"checkpoint_step_{self.step}.pth",
             optimizer_states=[optimizer.state_dict() for optimizer in self.optimizers],
@@ -988,20 +986,16 @@ class TrainingState:
             autoencoder_steps=self.plan.autoencoder_steps,
             wandb_run_id=self.run.id if self.run else None,
         )
-        checkpoints = numbered_checkpoints(self.config.checkpoints)
-        kept = [step for step in checkpoints if step <= self.step][: self.config.keep_checkpoints]
-        if RANK == 0:
-            for step in checkpoints.keys() - kept:
-                checkpoints[step].unlink()
+        for path in list(numbered_checkpoints(self.config.checkpoints).values())[self.config.keep_checkpoints :]:
+            path.unlink()
 
     def log(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
         if self.run:
             self.run.log(metrics, step=self.step)
 
-    def validate_and_save(self, embeddings: Tensor) -> None:
-        """Validate, save the best model, and print a line."""
-        self.log(validate(self.model, embeddings, self.plan.val_rows))
+    def save_if_best(self) -> None:
+        """Save the best model, and print a line of the last validation."""
         loss = self.metrics["val/total_loss"]
         is_best = loss <= self.lowest_val_loss * (1 + TIE_TOLERANCE)
         self.lowest_val_loss = min(self.lowest_val_loss, loss)
@@ -1009,9 +1003,7 @@ class TrainingState:
             self.save(self.config.best_path)
         usage = "/".join(f"{value:.0%}" for name, value in self.metrics.items() if name.startswith("catalogue/usage"))
         line = "train loss {train/total_loss:.4g}, val loss {val/total_loss:.4g}, distinct {catalogue/distinct:.1%}"
-        if RANK == 0:
-            best = ", best" if is_best else ""
-            tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}{best}")
+        tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}{', best' * is_best}")
 
 
 def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict, resumed: dict | None, run) -> bool:
@@ -1028,9 +1020,9 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
     print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
     print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
     if RANK == 0:
-        if not resumed:
-            for path in numbered_checkpoints(config.checkpoints).values():
-                path.unlink()  # of an earlier run; --resume must not go on from them
+        for step, path in numbered_checkpoints(config.checkpoints).items():
+            if step > state.step:  # of an earlier run, or damaged: --resume must not go on from it
+                path.unlink()
         config.final_path.unlink(missing_ok=True)  # it stands for a finished run
     model.train()
     order, stopping = None, False
@@ -1074,11 +1066,13 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
                 state.log(checked_losses("train", terms) | figures)
                 bar.set_postfix_str(f"loss {state.metrics['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating:
-                state.validate_and_save(embeddings)
-            if saving:
+                state.log(validate(model, embeddings, plan.val_rows))
+            if validating and RANK == 0:
+                state.save_if_best()
+            if saving and RANK == 0:
                 state.save_numbered()
             bar.update()
-    if state.step == total:
+    if state.step == total and RANK == 0:
         state.save(config.final_path)
     return not stopping
 
