@@ -840,7 +840,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
-    """The plan for the n items of all processes. With no row to hold out, all rows are trained on and validated."""
+    """The plan for the n items of all processes; ends the run if they or the steps do not suffice.
+
+    With no row to hold out, all rows are trained on and validated.
+    """
     own = n * (RANK + 1) // WORLD - n * RANK // WORLD  # rows of this process
     smallest = n // WORLD  # rows of the smallest process: all of them take equally many steps
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed)).to(device)
@@ -855,6 +858,11 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     if autoencoder_steps is None:
         autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
+    if autoencoder_steps >= total_steps:
+        fail(f"--autoencoder_steps {autoencoder_steps}", f"of {total_steps} steps in all", "lower it, or train longer")
+    if config.use_kmeans_init and len(train_rows) * WORLD < max(config.codebook_size):
+        trouble = f"{len(train_rows) * WORLD} training items for the {max(config.codebook_size)} codes of k-means"
+        fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
     return Plan(train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
 
@@ -1529,26 +1537,14 @@ def finish_wandb(run, model: RQVAE, quality: dict, config: RQVAEConfig) -> None:
 # ---------------------------------------------------------------- main
 
 
-def check_sizes(n: int, config: RQVAEConfig, plan: Plan | None = None) -> None:
-    """End the run if n items or the planned steps do not suffice for the flags."""
-    ids, most = math.prod(config.codebook_size), max(config.codebook_size)
-    if config.collisions == "assign" and n > ids:
-        trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
-        fail(config.source, trouble, "train with more levels or codes, or with --collisions suffix")
-    if plan and config.use_kmeans_init and len(plan.train_rows) * WORLD < most:
-        trouble = f"{len(plan.train_rows) * WORLD} training items, fewer than the {most} codes of k-means"
-        fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
-    if plan and plan.autoencoder_steps >= plan.total_steps:
-        trouble = f"leaves no step of the {plan.total_steps} to train the codes"
-        fail(f"--autoencoder_steps {plan.autoencoder_steps}", trouble, "lower it, or train longer")
-
-
-def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict, dim: int) -> None:
+def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict) -> None:
     """End the run if the model to export with does not fit the embeddings, or a flag that was given."""
-    trained = model.config
-    if trained.item_embedding_dim != dim:
-        trouble = f"a model of {trained.item_embedding_dim}-dimensional embeddings, and these have {dim}"
-        fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
+    trained, defaults = model.config, RQVAEConfig()
+    for name, own in asdict(trained).items():
+        asked, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
+        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
+            trouble = f"trained with --{name} {own}, not {asked}"
+            fail(config.best_path, trouble, "give all flags of training or none, and embeddings of the same kind")
     for name in recipe.keys() & model.recipe.keys():
         if recipe[name] != model.recipe[name]:
             trouble = f"was trained on embeddings with {name} {model.recipe[name]!r}, and these have {recipe[name]!r}"
@@ -1557,31 +1553,34 @@ def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict, dim: int) -> No
         warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
     if trained.num_rows not in (None, config.num_rows):
         warn(f"{config.best_path} was trained with --num_rows {trained.num_rows}")
-    defaults = RQVAEConfig()
-    for name, own in asdict(trained).items():
-        asked, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
-        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
-            fail(config.best_path, f"trained with --{name} {own}, not {asked}", "give all flags of training, or none")
+    if not config.final_path.exists():
+        step = model.metrics["step"]
+        warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
 
 
-def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
-    """End the run if it would replace a model of another catalogue, a stopped run or, by a trial, IDs of more items."""
+def check_outputs(config: RQVAEConfig, n: int, from_start: bool) -> None:
+    """End the run if there are too few IDs for n items, or if it would replace what only --overwrite may replace.
+
+    That is a model of another catalogue, a stopped training, and IDs of more items than those of a trial.
+    """
+    if config.collisions == "assign" and n > (ids := math.prod(config.codebook_size)):
+        trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
+        fail(config.source, trouble, "train with more levels or codes, or with --collisions suffix")
     if config.overwrite:
         return
     if from_start:
         if numbered_checkpoints(config.checkpoints) and not config.final_path.exists():
-            trouble = "has checkpoints of a run that was stopped"
-            fail(config.checkpoints, trouble, "--resume goes on with its flags, --overwrite starts over")
+            way_out = "--resume goes on with its flags, --overwrite starts over"
+            fail(config.checkpoints, "has checkpoints of a run that was stopped", way_out)
         with suppress(ValueError):
             source = read_checkpoint(config.best_path)["config"].source
             if source.resolve() != config.source.resolve():
-                way_out = "give --overwrite, or another --checkpoint_dir"
-                fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
+                trouble = f"trained on {source}, not on {config.source}"
+                fail(config.best_path, trouble, "give --overwrite, or another --checkpoint_dir")
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
-            trouble = f"has {items:,} items, and this trial {n:,}"
-            fail(config.ids_path, trouble, "give --overwrite, or move it away")
+            fail(config.ids_path, f"has {items:,} items, and this trial {n:,}", "give --overwrite, or move it away")
 
 
 def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
@@ -1617,22 +1616,17 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
     # model
-    run = None
+    run, resumed, is_trained, is_complete = None, None, config.export_only, False
+    if config.item_embedding_dim not in (None, dim):
+        trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
+        fail(config.source, trouble, "leave --item_embedding_dim out, or embed with another --target_dim")
+    config.item_embedding_dim = dim
     if config.export_only:
         model = load_model(config.best_path)
-        check_model(model, config, fingerprint["recipe"], dim)
-        if not config.final_path.exists():
-            step = model.metrics["step"]
-            warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
+        check_model(model, config, fingerprint["recipe"])
         config.codebook_size = model.config.codebook_size
         config.collisions = config.collisions or model.config.collisions
-        check_sizes(n, config)
-        check_replaced(config, n, from_start=False)
     else:
-        if config.item_embedding_dim not in (None, dim):
-            trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
-            fail(config.source, trouble, "leave --item_embedding_dim out, or embed with another --target_dim")
-        config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
         paths = config.final_path, config.best_path
@@ -1642,19 +1636,18 @@ def main(argv: list[str] | None = None) -> int:
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
-        check_sizes(n, config, plan)
-        check_replaced(config, n, from_start=not (is_trained or resumed))
-        seen = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
-        if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
-            fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
-        if is_complete:
-            print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
-            return 0
-        if not is_trained:
-            run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
-            if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
-                print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
-                return 130
+    check_outputs(config, n, from_start=not (is_trained or resumed))
+    seen = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
+    if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
+        fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
+    if is_complete:
+        print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
+        return 0
+    if not is_trained:
+        run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
+        if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
+            print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
+            return 130
 
     # IDs
     if RANK > 0:
