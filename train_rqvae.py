@@ -780,23 +780,18 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(((int(match[1]), path) for match, path in matches if match), reverse=True))
 
 
-def mismatch(checkpoint: dict, config: RQVAEConfig, fingerprint: dict, total_steps: int) -> str | None:
-    """Why a checkpoint belongs to another or a longer run; None if this run may have written it."""
+def read_own_checkpoint(path: Path, config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict:
+    """As read_checkpoint, but LookupError if another or a longer run wrote the file."""
+    checkpoint = read_checkpoint(path)
     for name, value in asdict(config).items():
         trained = getattr(checkpoint["config"], name)
         if name not in FREE_FIELDS and trained != value:
-            return f"trained with --{name} {trained}, not {value}"
+            raise LookupError(f"trained with --{name} {trained}, not {value}")
     if max(checkpoint["step"], checkpoint.get("autoencoder_steps", -1) + 1) > total_steps:
-        return f"of a run of more than {total_steps} steps"
-    return None if checkpoint["data"] == fingerprint["data"] else "trained on other embeddings than these"
-
-
-def read_if_same_run(path: Path, *run) -> dict | None:
-    """The checkpoint at `path`; None if it is missing, damaged or has a `mismatch`."""
-    with suppress(ValueError):
-        checkpoint = read_checkpoint(path)
-        return None if mismatch(checkpoint, *run) else checkpoint
-    return None
+        raise LookupError(f"of a run of more than {total_steps} steps")
+    if checkpoint["data"] != fingerprint["data"]:
+        raise LookupError("trained on other embeddings than these")
+    return checkpoint
 
 
 def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict | None:
@@ -804,18 +799,19 @@ def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> di
     way_out = "give the same flags and no smaller --max_steps, or --overwrite instead of --resume"
     for path in numbered_checkpoints(config.checkpoints).values():
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_own_checkpoint(path, config, fingerprint, total_steps)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        if trouble := mismatch(checkpoint, config, fingerprint, total_steps):
-            fail(path, trouble, way_out)
-        if not read_if_same_run(config.best_path, config, fingerprint, total_steps):
-            if checkpoint["step"] == total_steps:
-                fail(config.best_path, "missing, damaged or of a longer run, and no step is left to make it", way_out)
-            checkpoint["lowest_val_loss"] = math.inf  # the next validation writes a best model
+        except LookupError as error:
+            fail(path, str(error), way_out)
         print0(f"going on from {path}")
-        return checkpoint
+        with suppress(ValueError, LookupError):
+            read_own_checkpoint(config.best_path, config, fingerprint, total_steps)
+            return checkpoint
+        if checkpoint["step"] == total_steps:
+            fail(config.best_path, "missing, damaged or of a longer run, and no step is left to make it", way_out)
+        return checkpoint | {"lowest_val_loss": math.inf}  # the next validation writes a best model
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None
 
@@ -1629,9 +1625,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        paths = config.final_path, config.best_path
-        final, best = (read_if_same_run(path, config, fingerprint, plan.total_steps) for path in paths)
-        is_trained = bool(final and best and final["step"] == plan.total_steps and not config.overwrite)
+        with suppress(ValueError, LookupError):
+            paths = config.best_path, config.final_path
+            _, final = (read_own_checkpoint(path, config, fingerprint, plan.total_steps) for path in paths)
+            is_trained = final["step"] == plan.total_steps and not config.overwrite
         is_complete = is_trained and is_exported(config, dataset)
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
         if resumed:
