@@ -1541,14 +1541,12 @@ def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict) -> None:
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
             trouble = f"trained with --{name} {own}, not {asked}"
             fail(config.best_path, trouble, "give all flags of training or none, and embeddings of the same kind")
-    for name in recipe.keys() & model.recipe.keys():
-        if recipe[name] != model.recipe[name]:
-            trouble = f"was trained on embeddings with {name} {model.recipe[name]!r}, and these have {recipe[name]!r}"
-            warn(f"{config.best_path} {trouble}: train again, unless these are two names of one thing")
-    if trained.category != config.category:
-        warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
-    if trained.num_rows not in (None, config.num_rows):
-        warn(f"{config.best_path} was trained with --num_rows {trained.num_rows}")
+    own = model.recipe | {"--category": trained.category, "--num_rows": trained.num_rows}
+    now = recipe | {"--category": config.category, "--num_rows": trained.num_rows and config.num_rows}
+    for name in own.keys() & now.keys():
+        if own[name] != now[name]:
+            trouble = f"was trained with {name} {own[name]!r}, and this is {now[name]!r}"
+            warn(f"{config.best_path} {trouble}: train again, unless the model fits all the same")
     if not config.final_path.exists():
         step = model.metrics["step"]
         warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
@@ -1589,14 +1587,12 @@ def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
-    inputs = {config.source: "run embed_items.py first, or write one file there"}
-    if config.export_only:
-        inputs[config.best_path] = "train first, or name another --checkpoint_dir"
-    if config.keep_ids is not None:
-        inputs[Path(config.keep_ids)] = "name an earlier export, or leave --keep_ids out for new IDs"
-    for path, way_out in inputs.items():
-        if not path.is_file():
-            fail(path, "is a folder" if path.is_dir() else "not found", way_out)
+    if not config.source.is_file():
+        fail(config.source, "no such file", "run embed_items.py first, or write one file there")
+    if config.export_only and not config.best_path.is_file():
+        fail(config.best_path, "no such file", "train first, or name another --checkpoint_dir")
+    if config.keep_ids is not None and not Path(config.keep_ids).is_file():
+        fail(config.keep_ids, "no such file for --keep_ids", "name an earlier export, or leave it out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
@@ -1612,10 +1608,9 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
     # model
-    run, resumed, is_trained, is_complete = None, None, config.export_only, False
+    run, resumed, is_trained = None, None, config.export_only
     if config.item_embedding_dim not in (None, dim):
-        trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
-        fail(config.source, trouble, "leave --item_embedding_dim out, or embed with another --target_dim")
+        fail(f"--item_embedding_dim {config.item_embedding_dim}", f"{config.source} has {dim}", "leave the flag out")
     config.item_embedding_dim = dim
     if config.export_only:
         model = load_model(config.best_path)
@@ -1629,17 +1624,16 @@ def main(argv: list[str] | None = None) -> int:
             paths = config.best_path, config.final_path
             _, final = (read_own_checkpoint(path, config, fingerprint, plan.total_steps) for path in paths)
             is_trained = final["step"] == plan.total_steps and not config.overwrite
-        is_complete = is_trained and is_exported(config, dataset)
+        if is_trained and is_exported(config, dataset):
+            print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
+            return 0
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
         if resumed:
             plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
     check_outputs(config, n, from_start=not (is_trained or resumed))
-    seen = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
+    seen = torch.tensor([resumed["step"] if resumed else 0, is_trained])
     if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
         fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
-    if is_complete:
-        print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
-        return 0
     if not is_trained:
         run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
         if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
@@ -1654,8 +1648,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config.export_only:
         model = load_model(config.best_path)
         if (step := model.metrics["step"]) < plan.total_steps / 2:
-            trouble = f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit"
-            warn(f"{trouble}; README has flags by the size of the catalogue")
+            warn(f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit: see README")
     quality = export(model.to(device), dataset, config)
     if run:
         finish_wandb(run, model, quality, config)

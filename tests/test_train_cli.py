@@ -1254,7 +1254,7 @@ def test_a_model_of_other_flags_is_not_exported(copy, refused):
 def test_a_model_of_another_category_is_used_with_a_warning(copy, capsys):
     shutil.copy(copy / SOURCE, copy / SOURCE.replace("Tiny", "Other"))
     assert run(copy, "--export_only", category="Other") == 0
-    assert "was trained on Tiny" in capsys.readouterr().err
+    assert "was trained with --category 'Tiny', and this is 'Other'" in capsys.readouterr().err
     assert pl.read_parquet(copy / IDS.replace("Tiny", "Other")).equals(ids_of(copy))
 
 
@@ -1266,13 +1266,13 @@ def test_embeddings_made_in_another_way_than_those_of_training_are_warned_of(fol
         table.write_parquet(folder / SOURCE, metadata=recipe | changes)
         capsys.readouterr()
         assert run(folder, "--export_only") == 0
-        lines = re.findall("^warning: .* was trained on embeddings with .*", capsys.readouterr().err, re.MULTILINE)
+        lines = re.findall("^warning: .* was trained with .*", capsys.readouterr().err, re.MULTILINE)
         assert len(lines) == len(changes)
         for name, value in changes.items():
-            assert f"with {name} {recipe[name]!r}, and these have {value!r}" in "".join(lines)
+            assert f"with {name} {recipe[name]!r}, and this is {value!r}" in "".join(lines)
     table.write_parquet(folder / SOURCE)  # saved again by another program
     assert run(folder, "--export_only") == 0
-    assert "was trained on" not in capsys.readouterr().err
+    assert "was trained with" not in capsys.readouterr().err
 
 
 def test_a_model_of_an_older_script_with_another_flag_is_used(copy):
@@ -1330,7 +1330,8 @@ def test_files_and_folders_in_each_others_place_are_refused(copy, refused):
     for path, flags in ((BEST, {}), (IDS, {"keep_ids": IDS}), (IDS, {}), (SOURCE, {})):
         (copy / path).rename(copy / "away")
         (copy / path).mkdir()
-        assert f"{path}: is a folder; " in refused(copy, "--export_only", **flags)
+        trouble = "no such file" if flags or path != IDS else "is a folder"
+        assert f"{path}: {trouble}" in refused(copy, "--export_only", **flags)
         (copy / path).rmdir()
         (copy / "away").rename(copy / path)
 
