@@ -956,14 +956,15 @@ class TrainingState:
         shape = len(self.config.codebook_size), max(self.config.codebook_size)
         self.usage = torch.zeros(shape, dtype=torch.int64, device=plan.train_rows.device)  # (L, K) since the last reset
         self.step, self.lowest_val_loss, self.metrics = 0, math.inf, {}
+        self.autoencoder_steps = plan.autoencoder_steps
 
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model_state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
-        self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        self.lowest_val_loss = checkpoint["lowest_val_loss"]
+        for name in ("step", "lowest_val_loss", "metrics", "autoencoder_steps"):
+            setattr(self, name, checkpoint[name])
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
@@ -987,7 +988,7 @@ class TrainingState:
             optimizer_states=[optimizer.state_dict() for optimizer in self.optimizers],
             usage=self.usage,
             lowest_val_loss=self.lowest_val_loss,
-            autoencoder_steps=self.plan.autoencoder_steps,
+            autoencoder_steps=self.autoencoder_steps,
             wandb_run_id=self.run.id if self.run else None,
         )
         for path in list(numbered_checkpoints(self.config.checkpoints).values())[self.config.keep_checkpoints :]:
@@ -1022,7 +1023,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
     keep_freed_memory()
     print0(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, MLPs trained in {config.dtype}")
     print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
-    print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
+    print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, first {state.autoencoder_steps:,} without quantizing")
     if RANK == 0:
         for step, path in numbered_checkpoints(config.checkpoints).items():
             if step > state.step:  # of an earlier run, or damaged: --resume must not go on from it
@@ -1036,7 +1037,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             state.step += 1
             step = state.step
             torch.manual_seed(step_seed(config.seed, step))
-            if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
+            if step == state.autoencoder_steps + 1 and config.use_kmeans_init:
                 start_quantizing(model, embeddings, plan.train_rows[: KMEANS_ROWS // WORLD], size * WORLD)
                 for optimizer in state.optimizers:
                     optimizer.state.clear()  # moments of another loss, and of the weights before the rescaling
@@ -1050,13 +1051,13 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             rate = learning_rate(step - 1, total, config)
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
-            is_quantizing = step > plan.autoencoder_steps
+            is_quantizing = step > state.autoencoder_steps
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
             terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width if is_quantizing else 0)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
                 state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, codes.T, ones))
-                reset_due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
+                reset_due = (step - state.autoencoder_steps) % config.steps_per_codebook_reset == 0
                 if config.reset_unused_codes and reset_due and step <= LAST_RESET * total:
                     reset_codes(model, embeddings[rows[: config.batch_size]], state.usage, state.optimizers[0])
                     state.usage.zero_()
@@ -1577,14 +1578,6 @@ def check_outputs(config: RQVAEConfig, n: int, from_start: bool) -> None:
             fail(config.ids_path, f"has {items:,} items, and this trial {n:,}", "give --overwrite, or move it away")
 
 
-def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
-    """True if the IDs on disk are those of best_model.pth for these embeddings, with or without --keep_ids."""
-    with suppress(*UNREADABLE):
-        metadata = pl.read_parquet_metadata(config.ids_path)
-        return provenance(config, dataset).items() <= metadata.items() and config.quality_path.exists()
-    return False
-
-
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
     if not config.source.is_file():
@@ -1620,16 +1613,16 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        with suppress(ValueError, LookupError):
-            paths = config.best_path, config.final_path
-            _, final = (read_own_checkpoint(path, config, fingerprint, plan.total_steps) for path in paths)
+        with suppress(ValueError, LookupError, *UNREADABLE):  # of files that are missing, damaged or of another run
+            final = read_own_checkpoint(config.final_path, config, fingerprint, plan.total_steps)
+            read_own_checkpoint(config.best_path, config, fingerprint, plan.total_steps)
             is_trained = final["step"] == plan.total_steps and not config.overwrite
-        if is_trained and is_exported(config, dataset):
-            print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
-            return 0
+            exported = pl.read_parquet_metadata(config.ids_path)  # with or without --keep_ids
+            is_exported = provenance(config, dataset).items() <= exported.items() and config.quality_path.exists()
+            if is_trained and is_exported:
+                print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
+                return 0
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
-        if resumed:
-            plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
     check_outputs(config, n, from_start=not (is_trained or resumed))
     seen = torch.tensor([resumed["step"] if resumed else 0, is_trained])
     if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
