@@ -929,24 +929,6 @@ def train_step(
     return terms, torch.cat(codes) if search_width else None, norm
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that the loop can finish its step; a second Ctrl-C stops at once."""
-    requests: list[int] = []
-
-    def on_signal(number: int, frame) -> None:
-        requests.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C stops at once
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield requests
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class TrainingState:
     """The model, and everything else that changes in training."""
 
@@ -956,7 +938,12 @@ class TrainingState:
         shape = len(self.config.codebook_size), max(self.config.codebook_size)
         self.usage = torch.zeros(shape, dtype=torch.int64, device=plan.train_rows.device)  # (L, K) since the last reset
         self.step, self.lowest_val_loss, self.metrics = 0, math.inf, {}
-        self.autoencoder_steps = plan.autoencoder_steps
+        self.autoencoder_steps, self.stop_requested = plan.autoencoder_steps, False
+
+    def request_stop(self, number: int, frame) -> None:
+        """On Ctrl-C or SIGTERM, let the loop finish its step; a second Ctrl-C stops at once."""
+        self.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model_state_dict"])
@@ -1032,7 +1019,9 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
     model.train()
     order, stopping = None, False
     bar = tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0)
-    with stop_requests() as requests, bar:
+    signal.signal(signal.SIGINT, state.request_stop)
+    signal.signal(signal.SIGTERM, state.request_stop)
+    with bar:
         while state.step < total and not stopping:
             state.step += 1
             step = state.step
@@ -1062,7 +1051,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
                     reset_codes(model, embeddings[rows[: config.batch_size]], state.usage, state.optimizers[0])
                     state.usage.zero_()
 
-            stopping = all_sum(torch.tensor(len(requests))).item() > 0
+            stopping = all_sum(torch.tensor(int(state.stop_requested))).item() > 0
             saving = stopping or step == total or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
@@ -1077,6 +1066,8 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             if saving and RANK == 0:
                 state.save_numbered()
             bar.update()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if state.step == total and RANK == 0:
         state.save(config.final_path)
     return not stopping
