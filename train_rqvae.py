@@ -764,8 +764,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     """The RQVAE of any checkpoint, in evaluation mode on `device`; a missing or damaged file ends the run."""
-    way_out = "train again, or name another --checkpoint_dir"
-    with fail_on(Exception, path, "missing, damaged or not a checkpoint", way_out):
+    with fail_on(Exception, path, "missing, damaged or not a checkpoint", "train again, or name another one"):
         checkpoint = read_checkpoint(Path(path))
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -1540,8 +1539,7 @@ def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict) -> None:
             trouble = f"was trained with {name} {own[name]!r}, and this is {now[name]!r}"
             warn(f"{config.best_path} {trouble}: train again, unless the model fits all the same")
     if not config.final_path.exists():
-        step = model.metrics["step"]
-        warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
+        warn(f"no {config.final_path}: if training was stopped, these are the IDs of its step {model.metrics['step']}")
 
 
 def check_outputs(config: RQVAEConfig, n: int, from_start: bool) -> None:

@@ -559,7 +559,7 @@ def test_a_model_of_another_catalogue_is_replaced_only_when_asked(copy, refused,
 def test_the_ids_of_a_stopped_run_come_with_a_warning(unfinished, capsys):
     assert run(unfinished, "--export_only") == 0
     step = load(unfinished / BEST)["step"]
-    assert f"no {FINAL}: if that training was stopped, these are the IDs of its step {step}" in capsys.readouterr().err
+    assert f"no {FINAL}: if training was stopped, these are the IDs of its step {step}" in capsys.readouterr().err
 
 
 def test_a_stopped_run_is_replaced_only_when_asked(unfinished, trained, refused):
