@@ -854,9 +854,9 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
         autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
     if autoencoder_steps >= total_steps:
-        fail(f"--autoencoder_steps {autoencoder_steps}", f"of {total_steps} steps in all", "lower it, or train longer")
+        fail(f"--autoencoder_steps {autoencoder_steps}", f"takes all {total_steps} steps", "lower it, or train longer")
     if config.use_kmeans_init and len(train_rows) * WORLD < max(config.codebook_size):
-        trouble = f"{len(train_rows) * WORLD} training items for the {max(config.codebook_size)} codes of k-means"
+        trouble = f"only {len(train_rows) * WORLD} training items for the {max(config.codebook_size)} codes of k-means"
         fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
     return Plan(train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
