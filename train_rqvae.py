@@ -764,8 +764,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     """The RQVAE of any checkpoint, in evaluation mode on `device`; a missing or damaged file ends the run."""
-    way_out = "train again, or name another --checkpoint_dir"
-    with fail_on(Exception, path, "missing, damaged or not a checkpoint", way_out):
+    with fail_on(Exception, path, "missing, damaged or not a checkpoint", "train again, or name another one"):
         checkpoint = read_checkpoint(Path(path))
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -780,38 +779,38 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(((int(match[1]), path) for match, path in matches if match), reverse=True))
 
 
-def mismatch(checkpoint: dict, config: RQVAEConfig, fingerprint: dict) -> str | None:
-    """Why a checkpoint belongs to another run; None if it belongs to this one."""
+def read_own_checkpoint(path: Path, config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict:
+    """As read_checkpoint, but LookupError if another or a longer run wrote the file."""
+    checkpoint = read_checkpoint(path)
     for name, value in asdict(config).items():
         trained = getattr(checkpoint["config"], name)
         if name not in FREE_FIELDS and trained != value:
-            return f"trained with --{name} {trained}, not {value}"
-    return None if checkpoint["data"] == fingerprint["data"] else "trained on other embeddings than these"
-
-
-def read_if_same_run(path: Path, config: RQVAEConfig, fingerprint: dict) -> dict | None:
-    """The checkpoint at `path`; None if it is missing, damaged or of another run."""
-    with suppress(ValueError):
-        checkpoint = read_checkpoint(path)
-        return None if mismatch(checkpoint, config, fingerprint) else checkpoint
-    return None
+            raise LookupError(f"trained with --{name} {trained}, not {value}")
+    if max(checkpoint["step"], checkpoint.get("autoencoder_steps", -1) + 1) > total_steps:
+        raise LookupError(f"of a run of more than {total_steps} steps")
+    if checkpoint["data"] != fingerprint["data"]:
+        raise LookupError("trained on other embeddings than these")
+    return checkpoint
 
 
 def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict | None:
     """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
     way_out = "give the same flags and no smaller --max_steps, or --overwrite instead of --resume"
-    for step, path in numbered_checkpoints(config.checkpoints).items():
+    for path in numbered_checkpoints(config.checkpoints).values():
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_own_checkpoint(path, config, fingerprint, total_steps)
         except ValueError as error:
             warn(f"{path} is damaged ({error}): passed over")
             continue
-        if trouble := mismatch(checkpoint, config, fingerprint):
-            fail(path, trouble, way_out)
-        if step > total_steps:
-            fail(path, f"trained for more than {total_steps} steps", way_out)
+        except LookupError as error:
+            fail(path, str(error), way_out)
         print0(f"going on from {path}")
-        return checkpoint
+        with suppress(ValueError, LookupError):
+            read_own_checkpoint(config.best_path, config, fingerprint, total_steps)
+            return checkpoint
+        if checkpoint["step"] == total_steps:
+            fail(config.best_path, "missing, damaged or of a longer run, and no step is left to make it", way_out)
+        return checkpoint | {"lowest_val_loss": math.inf}  # the next validation writes a best model
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None
 
@@ -836,7 +835,10 @@ class Plan(NamedTuple):
 
 
 def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
-    """The plan for the n items of all processes. With no row to hold out, all rows are trained on and validated."""
+    """The plan for the n items of all processes; ends the run if they or the steps do not suffice.
+
+    With no row to hold out, all rows are trained on and validated.
+    """
     own = n * (RANK + 1) // WORLD - n * RANK // WORLD  # rows of this process
     smallest = n // WORLD  # rows of the smallest process: all of them take equally many steps
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed)).to(device)
@@ -851,6 +853,11 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     if autoencoder_steps is None:
         autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
+    if autoencoder_steps >= total_steps:
+        fail(f"--autoencoder_steps {autoencoder_steps}", f"takes all {total_steps} steps", "lower it, or train longer")
+    if config.use_kmeans_init and len(train_rows) * WORLD < max(config.codebook_size):
+        trouble = f"only {len(train_rows) * WORLD} training items for the {max(config.codebook_size)} codes of k-means"
+        fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
     return Plan(train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
 
@@ -921,24 +928,6 @@ def train_step(
     return terms, torch.cat(codes) if search_width else None, norm
 
 
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM, so that the loop can finish its step; a second Ctrl-C stops at once."""
-    requests: list[int] = []
-
-    def on_signal(number: int, frame) -> None:
-        requests.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on Ctrl-C stops at once
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield requests
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class TrainingState:
     """The model, and everything else that changes in training."""
 
@@ -948,24 +937,23 @@ class TrainingState:
         shape = len(self.config.codebook_size), max(self.config.codebook_size)
         self.usage = torch.zeros(shape, dtype=torch.int64, device=plan.train_rows.device)  # (L, K) since the last reset
         self.step, self.lowest_val_loss, self.metrics = 0, math.inf, {}
+        self.autoencoder_steps, self.stop_requested = plan.autoencoder_steps, False
+
+    def request_stop(self, number: int, frame) -> None:
+        """On Ctrl-C or SIGTERM, let the loop finish its step; a second Ctrl-C stops at once."""
+        self.stop_requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self, checkpoint: dict) -> None:
         self.model.load_state_dict(checkpoint["model_state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         self.usage.copy_(checkpoint["usage"])
-        self.step, self.metrics = checkpoint["step"], checkpoint["metrics"]
-        best = read_if_same_run(self.config.best_path, self.config, self.fingerprint)
-        if best and best["step"] <= self.plan.total_steps:  # else the next validation writes one
-            self.lowest_val_loss = checkpoint["lowest_val_loss"]
-        elif self.step == self.plan.total_steps:
-            trouble = "missing, damaged or of a longer run, and no step is left to make it again"
-            fail(self.config.best_path, trouble, "give --overwrite instead of --resume to train anew")
+        for name in ("step", "lowest_val_loss", "metrics", "autoencoder_steps"):
+            setattr(self, name, checkpoint[name])
 
     def save(self, path: Path, **for_resume) -> None:
         """Write a dict of tensors and plain Python types."""
-        if RANK > 0:
-            return
         checkpoint = {
             "model_state_dict": self.model.state_dict(),
             "config": asdict(self.config) | {"resume": False, "overwrite": False},  # a resumed run writes equal bytes
@@ -980,29 +968,25 @@ class TrainingState:
         atomic_write({path: file.getvalue()})
 
     def save_numbered(self) -> None:
-        """Save all that an exact resume needs; delete old numbered checkpoints, and later ones of an earlier run."""
+        """Save all that an exact resume needs; delete old numbered checkpoints."""
         self.save(
             self.config.checkpoints / f"checkpoint_step_{self.step}.pth",
             optimizer_states=[optimizer.state_dict() for optimizer in self.optimizers],
             usage=self.usage,
             lowest_val_loss=self.lowest_val_loss,
-            autoencoder_steps=self.plan.autoencoder_steps,
+            autoencoder_steps=self.autoencoder_steps,
             wandb_run_id=self.run.id if self.run else None,
         )
-        checkpoints = numbered_checkpoints(self.config.checkpoints)
-        kept = [step for step in checkpoints if step <= self.step][: self.config.keep_checkpoints]
-        if RANK == 0:
-            for step in checkpoints.keys() - kept:
-                checkpoints[step].unlink()
+        for path in list(numbered_checkpoints(self.config.checkpoints).values())[self.config.keep_checkpoints :]:
+            path.unlink()
 
     def log(self, metrics: dict[str, float]) -> None:
         self.metrics |= metrics
         if self.run:
             self.run.log(metrics, step=self.step)
 
-    def validate_and_save(self, embeddings: Tensor) -> None:
-        """Validate, save the best model, and print a line."""
-        self.log(validate(self.model, embeddings, self.plan.val_rows))
+    def save_if_best(self) -> None:
+        """Save the best model, and print a line of the last validation."""
         loss = self.metrics["val/total_loss"]
         is_best = loss <= self.lowest_val_loss * (1 + TIE_TOLERANCE)
         self.lowest_val_loss = min(self.lowest_val_loss, loss)
@@ -1010,9 +994,7 @@ class TrainingState:
             self.save(self.config.best_path)
         usage = "/".join(f"{value:.0%}" for name, value in self.metrics.items() if name.startswith("catalogue/usage"))
         line = "train loss {train/total_loss:.4g}, val loss {val/total_loss:.4g}, distinct {catalogue/distinct:.1%}"
-        if RANK == 0:
-            best = ", best" if is_best else ""
-            tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}{best}")
+        tqdm.write(f"step {self.step}: {line.format_map(self.metrics)}, codes used {usage}{', best' * is_best}")
 
 
 def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict, resumed: dict | None, run) -> bool:
@@ -1027,21 +1009,23 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
     keep_freed_memory()
     print0(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, MLPs trained in {config.dtype}")
     print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
-    print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, the first {plan.autoencoder_steps:,} without quantizing")
+    print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, first {state.autoencoder_steps:,} without quantizing")
     if RANK == 0:
-        if not resumed:
-            for path in numbered_checkpoints(config.checkpoints).values():
-                path.unlink()  # of an earlier run; --resume must not go on from them
+        for step, path in numbered_checkpoints(config.checkpoints).items():
+            if step > state.step:  # of an earlier run, or damaged: --resume must not go on from it
+                path.unlink()
         config.final_path.unlink(missing_ok=True)  # it stands for a finished run
     model.train()
     order, stopping = None, False
     bar = tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0)
-    with stop_requests() as requests, bar:
+    signal.signal(signal.SIGINT, state.request_stop)
+    signal.signal(signal.SIGTERM, state.request_stop)
+    with bar:
         while state.step < total and not stopping:
             state.step += 1
             step = state.step
             torch.manual_seed(step_seed(config.seed, step))
-            if step == plan.autoencoder_steps + 1 and config.use_kmeans_init:
+            if step == state.autoencoder_steps + 1 and config.use_kmeans_init:
                 start_quantizing(model, embeddings, plan.train_rows[: KMEANS_ROWS // WORLD], size * WORLD)
                 for optimizer in state.optimizers:
                     optimizer.state.clear()  # moments of another loss, and of the weights before the rescaling
@@ -1055,18 +1039,18 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             rate = learning_rate(step - 1, total, config)
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
-            is_quantizing = step > plan.autoencoder_steps
+            is_quantizing = step > state.autoencoder_steps
             width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
             terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width if is_quantizing else 0)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
                 state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, codes.T, ones))
-                reset_due = (step - plan.autoencoder_steps) % config.steps_per_codebook_reset == 0
+                reset_due = (step - state.autoencoder_steps) % config.steps_per_codebook_reset == 0
                 if config.reset_unused_codes and reset_due and step <= LAST_RESET * total:
                     reset_codes(model, embeddings[rows[: config.batch_size]], state.usage, state.optimizers[0])
                     state.usage.zero_()
 
-            stopping = all_sum(torch.tensor(len(requests))).item() > 0
+            stopping = all_sum(torch.tensor(int(state.stop_requested))).item() > 0
             saving = stopping or step == total or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
@@ -1075,11 +1059,15 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
                 state.log(checked_losses("train", terms) | figures)
                 bar.set_postfix_str(f"loss {state.metrics['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating:
-                state.validate_and_save(embeddings)
-            if saving:
+                state.log(validate(model, embeddings, plan.val_rows))
+            if validating and RANK == 0:
+                state.save_if_best()
+            if saving and RANK == 0:
                 state.save_numbered()
             bar.update()
-    if state.step == total:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if state.step == total and RANK == 0:
         state.save(config.final_path)
     return not stopping
 
@@ -1500,17 +1488,13 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
     """An online run if an API key is configured, else an offline one; WANDB_MODE decides if it is set."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
     way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
-    with fail_on((wandb.errors.Error, ValueError), "W&B", "refuses its settings", way_out):
+    with fail_on((wandb.errors.Error, ValueError), "W&B", "cannot be reached or refuses its settings", way_out):
         options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
         options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
         options["settings"] = wandb.Settings(console="off", init_timeout=30)
         has_key = wandb.login(prompt=False, verify=False)  # asks no server, but refuses a malformed key
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        try:
-            run = wandb.init(mode=mode, **options)
-        except wandb.errors.CommError as error:
-            warn(f"W&B is out of reach or refuses the key ({brief(error)}): this run is logged offline")
-            mode, run = "offline", wandb.init(mode="offline", **options)
+        run = wandb.init(mode=mode, **options)
     sync = f"; to upload this run later: wandb sync {run.settings.sync_dir}" if mode == "offline" else ""
     print("W&B:", " ".join(filter(None, (mode, run.url))) + sync)
     return run
@@ -1536,79 +1520,57 @@ def finish_wandb(run, model: RQVAE, quality: dict, config: RQVAEConfig) -> None:
 # ---------------------------------------------------------------- main
 
 
-def check_sizes(n: int, config: RQVAEConfig, plan: Plan | None = None) -> None:
-    """End the run if n items or the planned steps do not suffice for the flags."""
-    ids, most = math.prod(config.codebook_size), max(config.codebook_size)
-    if config.collisions == "assign" and n > ids:
-        trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
-        fail(config.source, trouble, "train with more levels or codes, or with --collisions suffix")
-    if plan and config.use_kmeans_init and len(plan.train_rows) * WORLD < most:
-        trouble = f"{len(plan.train_rows) * WORLD} training items, fewer than the {most} codes of k-means"
-        fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
-    if plan and plan.autoencoder_steps >= plan.total_steps:
-        trouble = f"leaves no step of the {plan.total_steps} to train the codes"
-        fail(f"--autoencoder_steps {plan.autoencoder_steps}", trouble, "lower it, or train longer")
-
-
-def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict, dim: int) -> None:
+def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict) -> None:
     """End the run if the model to export with does not fit the embeddings, or a flag that was given."""
-    trained = model.config
-    if trained.item_embedding_dim != dim:
-        trouble = f"a model of {trained.item_embedding_dim}-dimensional embeddings, and these have {dim}"
-        fail(config.best_path, trouble, "embed with the same model and --target_dim, or train again")
-    for name in recipe.keys() & model.recipe.keys():
-        if recipe[name] != model.recipe[name]:
-            trouble = f"was trained on embeddings with {name} {model.recipe[name]!r}, and these have {recipe[name]!r}"
-            warn(f"{config.best_path} {trouble}: train again, unless these are two names of one thing")
-    if trained.category != config.category:
-        warn(f"{config.best_path} was trained on {trained.category}: {config.category} gets the IDs of that model")
-    if trained.num_rows not in (None, config.num_rows):
-        warn(f"{config.best_path} was trained with --num_rows {trained.num_rows}")
-    defaults = RQVAEConfig()
+    trained, defaults = model.config, RQVAEConfig()
     for name, own in asdict(trained).items():
         asked, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
         if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
-            fail(config.best_path, f"trained with --{name} {own}, not {asked}", "give all flags of training, or none")
+            trouble = f"trained with --{name} {own}, not {asked}"
+            fail(config.best_path, trouble, "give all flags of training or none, and embeddings of the same kind")
+    own = model.recipe | {"--category": trained.category, "--num_rows": trained.num_rows}
+    now = recipe | {"--category": config.category, "--num_rows": trained.num_rows and config.num_rows}
+    for name in own.keys() & now.keys():
+        if own[name] != now[name]:
+            trouble = f"was trained with {name} {own[name]!r}, and this is {now[name]!r}"
+            warn(f"{config.best_path} {trouble}: train again, unless the model fits all the same")
+    if not config.final_path.exists():
+        warn(f"no {config.final_path}: if training was stopped, these are the IDs of its step {model.metrics['step']}")
 
 
-def check_replaced(config: RQVAEConfig, n: int, from_start: bool) -> None:
-    """End the run if it would replace a model of another catalogue, a stopped run or, by a trial, IDs of more items."""
+def check_outputs(config: RQVAEConfig, n: int, from_start: bool) -> None:
+    """End the run if there are too few IDs for n items, or if it would replace what only --overwrite may replace.
+
+    That is a model of another catalogue, a stopped training, and IDs of more items than those of a trial.
+    """
+    if config.collisions == "assign" and n > (ids := math.prod(config.codebook_size)):
+        trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
+        fail(config.source, trouble, "train with more levels or codes, or with --collisions suffix")
     if config.overwrite:
         return
     if from_start:
         if numbered_checkpoints(config.checkpoints) and not config.final_path.exists():
-            trouble = "has checkpoints of a run that was stopped"
-            fail(config.checkpoints, trouble, "--resume goes on with its flags, --overwrite starts over")
+            way_out = "--resume goes on with its flags, --overwrite starts over"
+            fail(config.checkpoints, "has checkpoints of a run that was stopped", way_out)
         with suppress(ValueError):
             source = read_checkpoint(config.best_path)["config"].source
             if source.resolve() != config.source.resolve():
-                way_out = "give --overwrite, or another --checkpoint_dir"
-                fail(config.best_path, f"trained on {source}, not on {config.source}", way_out)
+                trouble = f"trained on {source}, not on {config.source}"
+                fail(config.best_path, trouble, "give --overwrite, or another --checkpoint_dir")
     with suppress(*UNREADABLE):
         items = pl.scan_parquet(config.ids_path, glob=False).select(pl.len()).collect().item()
         if config.num_rows and items > n:
-            trouble = f"has {items:,} items, and this trial {n:,}"
-            fail(config.ids_path, trouble, "give --overwrite, or move it away")
-
-
-def is_exported(config: RQVAEConfig, dataset: EmbeddingDataset) -> bool:
-    """True if the IDs on disk are those of best_model.pth for these embeddings, with or without --keep_ids."""
-    with suppress(*UNREADABLE):
-        metadata = pl.read_parquet_metadata(config.ids_path)
-        return provenance(config, dataset).items() <= metadata.items() and config.quality_path.exists()
-    return False
+            fail(config.ids_path, f"has {items:,} items, and this trial {n:,}", "give --overwrite, or move it away")
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_config(argv)
-    inputs = {config.source: "run embed_items.py first, or write one file there"}
-    if config.export_only:
-        inputs[config.best_path] = "train first, or name another --checkpoint_dir"
-    if config.keep_ids is not None:
-        inputs[Path(config.keep_ids)] = "name an earlier export, or leave --keep_ids out for new IDs"
-    for path, way_out in inputs.items():
-        if not path.is_file():
-            fail(path, "is a folder" if path.is_dir() else "not found", way_out)
+    if not config.source.is_file():
+        fail(config.source, "no such file", "run embed_items.py first, or write one file there")
+    if config.export_only and not config.best_path.is_file():
+        fail(config.best_path, "no such file", "train first, or name another --checkpoint_dir")
+    if config.keep_ids is not None and not Path(config.keep_ids).is_file():
+        fail(config.keep_ids, "no such file for --keep_ids", "name an earlier export, or leave it out for new IDs")
     device, reason = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
@@ -1624,43 +1586,37 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
     # model
-    run = None
+    run, resumed, is_trained = None, None, config.export_only
+    if config.item_embedding_dim not in (None, dim):
+        fail(f"--item_embedding_dim {config.item_embedding_dim}", f"{config.source} has {dim}", "leave the flag out")
+    config.item_embedding_dim = dim
     if config.export_only:
         model = load_model(config.best_path)
-        check_model(model, config, fingerprint["recipe"], dim)
-        if not config.final_path.exists():
-            step = model.metrics["step"]
-            warn(f"no {config.final_path}: if that training was stopped, these are the IDs of its step {step:,}")
+        check_model(model, config, fingerprint["recipe"])
         config.codebook_size = model.config.codebook_size
         config.collisions = config.collisions or model.config.collisions
-        check_sizes(n, config)
-        check_replaced(config, n, from_start=False)
     else:
-        if config.item_embedding_dim not in (None, dim):
-            trouble = f"embeddings of {dim} dimensions, not of the model's {config.item_embedding_dim}"
-            fail(config.source, trouble, "leave --item_embedding_dim out, or embed with another --target_dim")
-        config.item_embedding_dim = dim
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        final, best = (read_if_same_run(path, config, fingerprint) for path in (config.final_path, config.best_path))
-        is_trained = bool(final and best and final["step"] == plan.total_steps and not config.overwrite)
-        is_complete = is_trained and is_exported(config, dataset)
+        with suppress(ValueError, LookupError, *UNREADABLE):  # of files that are missing, damaged or of another run
+            final = read_own_checkpoint(config.final_path, config, fingerprint, plan.total_steps)
+            read_own_checkpoint(config.best_path, config, fingerprint, plan.total_steps)
+            is_trained = final["step"] == plan.total_steps and not config.overwrite
+            exported = pl.read_parquet_metadata(config.ids_path)  # with or without --keep_ids
+            is_exported = provenance(config, dataset).items() <= exported.items() and config.quality_path.exists()
+            if is_trained and is_exported:
+                print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
+                return 0
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
-        if resumed:
-            plan = plan._replace(autoencoder_steps=resumed["autoencoder_steps"])
-        check_sizes(n, config, plan)
-        check_replaced(config, n, from_start=not (is_trained or resumed))
-        seen = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
-        if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
-            fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
-        if is_complete:
-            print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
-            return 0
-        if not is_trained:
-            run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
-            if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
-                print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
-                return 130
+    check_outputs(config, n, from_start=not (is_trained or resumed))
+    seen = torch.tensor([resumed["step"] if resumed else 0, is_trained])
+    if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
+        fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
+    if not is_trained:
+        run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
+        if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
+            print0(f"interrupted: saved in {config.checkpoints}; go on with the same command and --resume")
+            return 130
 
     # IDs
     if RANK > 0:
@@ -1670,8 +1626,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config.export_only:
         model = load_model(config.best_path)
         if (step := model.metrics["step"]) < plan.total_steps / 2:
-            trouble = f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit"
-            warn(f"{trouble}; README has flags by the size of the catalogue")
+            warn(f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit: see README")
     quality = export(model.to(device), dataset, config)
     if run:
         finish_wandb(run, model, quality, config)

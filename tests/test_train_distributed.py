@@ -137,7 +137,8 @@ def test_a_broken_row_is_named_by_its_place_in_the_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("n", [100, 101, 3000])
 def test_processes_take_as_many_steps_of_as_many_rows_as_one(as_rank, n):
-    config, world, device = train_rqvae.RQVAEConfig(batch_size=30, num_epochs=3, val_split=0.1), 3, torch.device("cpu")
+    config = train_rqvae.RQVAEConfig(batch_size=30, num_epochs=3, val_split=0.1, codebook_size=64)
+    world, device = 3, torch.device("cpu")
     one, plans, seeds = train_rqvae.make_plan(n, config, device), [], set()
     for rank in range(world):
         as_rank(rank, world)

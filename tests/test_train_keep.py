@@ -400,8 +400,8 @@ def refused_export(capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: not found"),
-        ({"keep_ids": ""}, "is a folder"),
+        ({"keep_ids": "nowhere.parquet"}, "nowhere.parquet: no such file"),
+        ({"keep_ids": ""}, "no such file for --keep_ids"),
         ({"num_rows": 100}, "all rows"),
         ({"collisions": "keep"}, "distinct IDs"),
         ({"collisions": "suffix"}, "made with --collisions assign"),
