@@ -1488,13 +1488,17 @@ def start_wandb(config: RQVAEConfig, run_id: str | None):
     """An online run if an API key is configured, else an offline one; WANDB_MODE decides if it is set."""
     os.environ.setdefault("WANDB_SILENT", "true")  # its own lines would break into the progress bar
     way_out = "set --wandb_project and the WANDB_ variables right, or WANDB_MODE=offline"
-    with fail_on((wandb.errors.Error, ValueError), "W&B", "cannot be reached or refuses its settings", way_out):
+    with fail_on((wandb.errors.Error, ValueError), "W&B", "refuses its settings", way_out):
         options = {"project": config.wandb_project, "config": asdict(config), "id": run_id}
         options |= {"resume": "allow" if run_id else None, "dir": os.environ.get("WANDB_DIR", config.checkpoints)}
         options["settings"] = wandb.Settings(console="off", init_timeout=30)
         has_key = wandb.login(prompt=False, verify=False)  # asks no server, but refuses a malformed key
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
-        run = wandb.init(mode=mode, **options)
+        try:
+            run = wandb.init(mode=mode, **options)
+        except wandb.errors.CommError as error:
+            warn(f"W&B is out of reach or refuses the key ({brief(error)}): this run is logged offline")
+            mode, run = "offline", wandb.init(mode="offline", **options)
     sync = f"; to upload this run later: wandb sync {run.settings.sync_dir}" if mode == "offline" else ""
     print("W&B:", " ".join(filter(None, (mode, run.url))) + sync)
     return run

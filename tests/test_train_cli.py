@@ -1022,17 +1022,20 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(folder, recorder, monkeypat
     assert list(recorder.series("train/total_loss")) == list(range(1, 25))
 
 
-def test_without_a_network_a_run_with_a_key_is_told_to_go_offline(unfinished, refused, monkeypatch):
+def test_without_a_network_a_run_goes_on_offline(recorder, monkeypatch, capsys):
     def init(mode, **options):
-        assert mode == "online"
-        raise train_rqvae.wandb.errors.CommError("no network\nat all")  # after some 30 s of trying
+        if mode == "online":
+            raise train_rqvae.wandb.errors.CommError("no network\nat all")  # after some 30 s of trying
+        return recorder.init(mode=mode, **options)
 
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setattr(train_rqvae.wandb, "login", lambda **_: True)
     monkeypatch.setattr(train_rqvae.wandb, "init", init)
-    line = refused(unfinished, "--resume")
-    assert "W&B: cannot be reached or refuses its settings (no network at all)" in line
-    assert "WANDB_MODE=offline" in line
+    assert train_rqvae.start_wandb(train_rqvae.RQVAEConfig(), None) is recorder
+    text = capsys.readouterr()
+    assert [options["mode"] for options in recorder.started] == ["offline"]
+    assert len(re.findall("^warning: .*no network", text.err, flags=re.MULTILINE)) == 1
+    assert text.out.count("wandb sync") == 1
 
 
 @pytest.mark.parametrize(
