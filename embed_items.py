@@ -117,8 +117,7 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
 def parse_config(argv: list[str] | None) -> EmbedConfig:
     parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
-    with fail_on(ValueError, "command line", "unknown argument", "--help lists the flags"):
-        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    config = EmbedConfig(**vars(parser.parse_args(argv)))
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")

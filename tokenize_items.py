@@ -82,8 +82,7 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
 def parse_config(argv: list[str] | None) -> TokenizeConfig:
     parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
-    with fail_on(ValueError, "command line", "unknown argument", "--help lists the flags"):
-        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    config = TokenizeConfig(**vars(parser.parse_args(argv)))
     for name, minimum in {"max_length": 2, "num_rows": 1}.items():
         if (value := getattr(config, name)) is not None and value < minimum:
             parser.error(f"--{name} {value}: must be at least {minimum}")

@@ -356,9 +356,9 @@ def test_items_without_a_token_are_refused(data_dir, catalogue, tiny_bert, tmp_p
 
 
 BAD_FLAGS = {
-    "unknown": (["--no_such_flag", "1"], "'--no_such_flag'"),
-    "abbreviated": (["--max", "9"], "'--max'"),
-    "stray word": (["Sample"], "'Sample'"),
+    "unknown": (["--no_such_flag", "1"], "--no_such_flag"),
+    "abbreviated": (["--max", "9"], "--max"),
+    "stray word": (["Sample"], "Sample"),
     "no number": (["--max_length", "many"], "--max_length"),
     "max_length 1": (["--max_length", "1"], "--max_length 1: must be at least 2"),
     "num_rows -3": (["--num_rows", "-3"], "--num_rows -3: must be at least 1"),
