@@ -126,15 +126,13 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
     return config
 
 
-def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device of this process, and the reason for it."""
+def choose_device(name: str) -> torch.device:
+    """The device of this process; auto is the best one here."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind, reason = name, "asked for"
-    if name == "auto":
-        kind, reason = next(kind for kind in available if available[kind]), "the best one here"
+    kind = next(kind for kind in available if available[kind]) if name == "auto" else name
     if not available[kind]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None), reason
+    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
 
 
 def keep_freed_memory() -> None:
@@ -543,7 +541,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
     logging.disable(logging.WARNING)  # the libraries print every retry without a network, and every unused weight
-    device, reason = choose_device(config.device)
+    device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     if WORLD > 1:
@@ -566,7 +564,7 @@ def main(argv: list[str] | None = None) -> None:
         config.pooling, why = choose_pooling(config)  # after load_model: without a network its error is the clearer one
         check_tokens(model, tokens, config)
         prefix, config.target_dim = check_vectors(model, tokens, config)
-        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why})")
+        print0(f"device {device}, dtype {config.dtype}, pooling {config.pooling} ({why})")
         print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
         # `recipe` is what a vector depends on, `metadata` what the whole output depends on
         recipe = {
