@@ -468,12 +468,9 @@ def embed_all(
     model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None, store: Store, batches: list
 ) -> None:
     """Embeds these batches of rows and keeps their vectors."""
-    # progress in tokens: the longest items come first, so items a second would mislead
-    sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
-    with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
-        for rows, size in zip(batches, sizes, strict=True):
-            store.write(rows, embed(model, tokens, rows, config, prefix))
-            progress.update(size)
+    # progress in tokens, of which a batch holds about tokens_per_batch, because the longest items come first
+    for rows in tqdm(batches, "embed", unit=" tokens", unit_scale=config.tokens_per_batch, disable=RANK > 0):
+        store.write(rows, embed(model, tokens, rows, config, prefix))
 
 
 # ---------------------------------------------------------------- output
