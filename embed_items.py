@@ -189,11 +189,9 @@ def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator
 
 
 def read_tokens(path: Path, num_rows: int | None) -> Tokens:
-    """Reads the npz, and ends the run if it is damaged or of another format."""
-    again = "run tokenize_items.py again"
-    if not path.is_file():
-        fail(path, "not found", "run tokenize_items.py first")
-    with fail_on(Exception, path, "damaged, or not an npz of tokenize_items.py", again), np.load(path) as npz:
+    """Reads the npz, and ends the run if it is missing, damaged or of another format."""
+    way_out = "run tokenize_items.py"
+    with fail_on(Exception, path, "not a readable npz of tokenize_items.py", way_out), np.load(path) as npz:
         if npz["format_version"] != FORMAT_VERSION:
             raise ValueError(f"not of format {FORMAT_VERSION}")
         settings = {name: npz[name].item() for name in Tokens._fields[3:]}  # all but the arrays

@@ -173,7 +173,7 @@ def test_what_is_wrong_is_told_by_a_line(folder):
     (folder / "Tiny_tokenized.npz").unlink()
     status, _, err = end(start(2, *flags(folder)))
     assert status != 0
-    assert re.search(r"^error: .*Tiny_tokenized.npz: not found", err, flags=re.M), err
+    assert re.search(r"^error: .*Tiny_tokenized.npz: not a readable npz", err, flags=re.M), err
     assert not re.search(r"^  File .*embed_items\.py", err, flags=re.M), err  # no traceback of ours
 
 
