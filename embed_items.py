@@ -540,9 +540,7 @@ def main(argv: list[str] | None = None) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     if WORLD > 1:
-        if LOCAL_RANK == 0:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            print(f"waiting for {WORLD} processes at {place}", flush=True)
+        print0(f"waiting for {WORLD} processes", flush=True)
         # gloo, also on GPUs: only lists of batches are sent, the vectors go through files
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
