@@ -255,8 +255,7 @@ def read_json(config: EmbedConfig, name: str) -> Any:
                 fail(f"{config.model_name}/{name}", trouble, "go online once, or give --pooling")
             print0(f"warning: {config.model_name}/{name}: {trouble}", file=sys.stderr)
         return {}
-    with fail_on((OSError, ValueError), path, "not a readable JSON file", "get it again"):
-        return json.loads(Path(path).read_text("utf-8"))
+    return json.loads(Path(path).read_text("utf-8"))
 
 
 def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
@@ -370,9 +369,8 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
     name, path = config.model_name, config.path(TOKENS)
     again = f"run tokenize_items.py with --model_name {name}"
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    for token in (tokens.ids.min(), tokens.ids.max()):
-        if not 0 <= token < vocabulary:
-            fail(path, f"holds token {token}, but the model knows {vocabulary} tokens", again)
+    if (largest := tokens.ids.max()) >= vocabulary:
+        fail(path, f"holds token {largest}, but the model knows {vocabulary} tokens", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet says -1 for no limit
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} and a lower --max_length")
@@ -537,8 +535,7 @@ def main(argv: list[str] | None = None) -> None:
         print0(f"{name}: {value}")
     logging.disable(logging.WARNING)  # the libraries print every retry without a network, and every unused weight
     device = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     if WORLD > 1:
         print0(f"waiting for {WORLD} processes", flush=True)
         # gloo, also on GPUs: only lists of batches are sent, the vectors go through files
