@@ -460,15 +460,6 @@ class Store:
         return result
 
 
-def embed_all(
-    model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None, store: Store, batches: list
-) -> None:
-    """Embeds these batches of rows and keeps their vectors."""
-    # progress in tokens, of which a batch holds about tokens_per_batch, because the longest items come first
-    for rows in tqdm(batches, "embed", unit=" tokens", unit_scale=config.tokens_per_batch, disable=RANK > 0):
-        store.write(rows, embed(model, tokens, rows, config, prefix))
-
-
 # ---------------------------------------------------------------- output
 
 
@@ -591,7 +582,10 @@ def main(argv: list[str] | None = None) -> None:
             message[0] = left
         if WORLD > 1:
             dist.broadcast_object_list(message)
-        embed_all(model, tokens, config, prefix, store, message[0][RANK::WORLD])
+        batches = message[0][RANK::WORLD]
+        # progress in tokens, of which a batch holds about tokens_per_batch, because the longest items come first
+        for rows in tqdm(batches, "embed", unit=" tokens", unit_scale=config.tokens_per_batch, disable=RANK > 0):
+            store.write(rows, embed(model, tokens, rows, config, prefix))
         if WORLD > 1:
             dist.barrier()  # rank 0 writes when all have finished their vectors
         if RANK == 0:

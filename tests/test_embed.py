@@ -1018,14 +1018,22 @@ def test_the_same_command_goes_on_to_the_same_bytes(qwen3_dir, tmp_path, monkeyp
 
 @pytest.fixture
 def embedded(monkeypatch) -> list[int]:
-    """The rows that embed_all embeds."""
-    rows, embed_all = [], embed_items.embed_all
+    """The rows that are embedded, but for the few of check_vectors."""
+    rows, embed, check = [], embed_items.embed, embed_items.check_vectors
 
-    def noting(*arguments):
-        rows.extend(np.concatenate([[], *arguments[-1]]).astype(int).tolist())
-        embed_all(*arguments)
+    def noting(model, tokens, batch, *rest):
+        rows.extend(batch.tolist())
+        return embed(model, tokens, batch, *rest)
 
-    monkeypatch.setattr(embed_items, "embed_all", noting)
+    def forgetting(*arguments):
+        before = len(rows)
+        try:
+            return check(*arguments)
+        finally:
+            del rows[before:]
+
+    monkeypatch.setattr(embed_items, "embed", noting)
+    monkeypatch.setattr(embed_items, "check_vectors", forgetting)
     return rows
 
 
@@ -1144,15 +1152,15 @@ def test_the_vectors_of_a_run_stopped_on_an_earlier_catalogue_do_not_block_the_n
 
 @pytest.mark.parametrize("change", ["reversed", "shorter", "gone"])
 def test_a_catalogue_that_is_replaced_meanwhile_is_told(qwen3_dir, catalogue, monkeypatch, capsys, change):
-    path, embed_all = qwen3_dir / "Tiny_items_updated.parquet", embed_items.embed_all
+    path, write = qwen3_dir / "Tiny_items_updated.parquet", embed_items.write
 
     def replacing(*arguments):
-        embed_all(*arguments)
         path.unlink() if change == "gone" else catalogue.reverse().head(60 - 9 * (change == "shorter")).write_parquet(
             path
         )
+        write(*arguments)
 
-    monkeypatch.setattr(embed_items, "embed_all", replacing)
+    monkeypatch.setattr(embed_items, "write", replacing)
     with pytest.raises(SystemExit, match="2"):
         main(flags(qwen3_dir))
     assert f"error: {path}: another file than when this run began" in capsys.readouterr().err
