@@ -16,11 +16,9 @@ import logging
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import polars as pl
@@ -33,7 +31,6 @@ from transformers.utils import cached_file
 FORMAT_VERSION = 3
 MAX_LENGTH = 2048  # by default also where a model declares more
 TEXTS_PER_CALL = 512  # enough to keep all threads of the tokenizer busy
-ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
 ROOM = "free disk space or get write access there"
 
 # ---------------------------------------------------------------- configuration
@@ -69,16 +66,6 @@ def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     raise SystemExit(2)
 
 
-@contextmanager
-def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterator[None]:
-    """Turns exceptions of these types into the error line of `fail`."""
-    try:
-        yield
-    except errors as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(what, f"{trouble} ({first_line})", way_out)
-
-
 def parse_config(argv: list[str] | None) -> TokenizeConfig:
     parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
@@ -96,10 +83,11 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, and ends the run if they break the contract."""
     way_out = "write your catalogue there as one file, with the columns parent_asin and item_context"
-    if not path.is_file():
-        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
-    with fail_on((pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError), path, "cannot be read", way_out):
-        catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"], glob=False)
+    try:
+        with open(path, "rb") as file:  # polars would also read a folder
+            catalogue = pl.read_parquet(file, columns=["parent_asin", "item_context"])
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        fail(path, f"cannot be read ({error})", way_out)
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
     checks = {}
@@ -126,32 +114,31 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    flag = f"--model_name {name}"
     way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
     print(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
-    with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
-    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
-        fail(flag, "has no fast tokenizer (tokenizer.json)", "put the file there, or choose another model")
+        # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
+        if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("no fast tokenizer, which is a tokenizer.json")
+    except Exception as error:
+        fail(f"--model_name {name}", f"no tokenizer can be loaded from there ({error!s:.200})", way_out)
     return tokenizer
 
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
     """Sets max_length; warns if the model declares prompts, and text, the first item's, starts with none of them."""
-    declared, length, prompts = {}, 0, {}
+    declared = {}
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-        path = f"{config.model_name}/{name}"
         try:
             file = cached_file(config.model_name, name)
         except OSError as error:  # without a cause: there is no such file; with one: the hub could not be asked
             if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
-                trouble = f"the hub cannot be asked for {path}, which may declare a length or prompts"
-                print(f"warning: {trouble}; go online once, or see --max_length, --instruction", file=sys.stderr)
+                trouble = "the hub cannot be asked for it, and it may declare a length or prompts; go online once"
+                print(f"warning: {config.model_name}/{name}: {trouble}", file=sys.stderr)
             continue
-        with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
-            declared |= json.loads(Path(file).read_text("utf-8"))
-            length, prompts = int(declared.get("max_seq_length") or 0), dict(declared.get("prompts") or {})
+        declared |= json.loads(Path(file).read_text("utf-8"))
+    length, prompts = declared.get("max_seq_length"), declared.get("prompts") or {}
     limit = tokenizer.model_max_length  # 10**30 where there is none
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
     reads = f"at most {limit}" if limit < 10**9 else "any length"
@@ -185,27 +172,25 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str, str | int]) -> None:
-    """Writes what np.savez would write, but pads only some rows at a time, to save memory."""
-    lengths = np.array([len(ids) for ids in tokens])
-    shape = len(tokens), int(lengths.max())  # (N, W)
+    """Writes what np.savez would write, but pads one row at a time, to save memory."""
+    shape = len(tokens), max(map(len, tokens))  # (N, W)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with fail_on(OSError, path, "cannot be written", ROOM):
-            with open(temporary, "w+b") as file:
-                np.savez(file, **settings)
-                for name, dtype in {"input_ids": "<i4", "attention_mask": "|b1"}.items():
-                    with zipfile.ZipFile(file, "a") as npz, npz.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        header = {"descr": dtype, "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_1_0(member, header)
-                        for start in range(0, len(tokens), ROWS_PER_WRITE):
-                            rows = slice(start, start + ROWS_PER_WRITE)
-                            mask = np.arange(shape[1]) < lengths[rows, None]
-                            input_ids = np.full(mask.shape, pad_id, np.int32)
-                            input_ids[mask] = np.concatenate(tokens[rows])
-                            member.write(input_ids if name == "input_ids" else mask)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with open(temporary, "w+b") as file:
+            np.savez(file, **settings)
+            for name, pad in {"input_ids": np.int32(pad_id), "attention_mask": np.bool_(False)}.items():
+                with zipfile.ZipFile(file, "a") as npz, npz.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    header = {"descr": pad.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for ids in tokens:
+                        row = np.full(shape[1], pad)
+                        row[: len(ids)] = ids if name == "input_ids" else True
+                        member.write(row)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(path, f"cannot be written ({error})", ROOM)
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {path}: {shape[0]:,} x {shape[1]} tokens, {path.stat().st_size / 1e6:.1f} MB")
