@@ -28,7 +28,6 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
-FORMAT_VERSION = 3
 MAX_LENGTH = 2048  # by default also where a model declares more
 TEXTS_PER_CALL = 512  # enough to keep all threads of the tokenizer busy
 ROOM = "free disk space or get write access there"
@@ -45,19 +44,12 @@ class TokenizeConfig:
     model_name: str = HfArg(default="Qwen/Qwen3-Embedding-0.6B", help="Embedding model: a hub name or a local folder.")
     instruction: str = HfArg(
         default="Represent this product so that similar products have similar representations",
-        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for none; "
-        "write a prompt of another form into item_context.",
+        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for none.",
     )
     max_length: int | None = HfArg(
-        default=None,
-        help="Maximum tokens of an item, instruction included; by default what the model declares, at most 2048.",
+        default=None, help="Maximum tokens of an item, instruction included; by default the model's, at most 2048."
     )
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
-
-    @property
-    def prompt(self) -> str:
-        """The text before every item, as in the model card of Qwen3-Embedding: no space after `Query:`."""
-        return f"Instruct: {self.instruction}\nQuery:" if self.instruction else ""
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -127,7 +119,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Sets max_length; warns if the model declares prompts, and text, the first item's, starts with none of them."""
+    """Sets max_length; warns if the model declares prompts, and the text of the first item starts with none."""
     declared = {}
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
         try:
@@ -139,29 +131,28 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
             continue
         declared |= json.loads(Path(file).read_text("utf-8"))
     length, prompts = declared.get("max_seq_length"), declared.get("prompts") or {}
-    limit = tokenizer.model_max_length  # 10**30 where there is none
+    limit = tokenizer.model_max_length  # 1e+30 where there is none
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
-    reads = f"at most {limit}" if limit < 10**9 else "any length"
-    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {reads}")
+    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads at most {limit:g}")
 
     # an item may start with any declared prompt, or with none unless one for documents is declared
     starts = [prompt or "" for prompt in prompts.values()]
     starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
     # an instruction of your own fits if any declared prompt is one
-    fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
+    fits = [start.startswith("Instruct:") if config.instruction else text.startswith(start) for start in starts]
     if "__version__" in declared and not any(fits):  # the model was saved by sentence-transformers
-        trouble = f"texts start with {(config.prompt + text)[:30]!r}, but the model declares the prompts {prompts}"
+        trouble = f"texts start with {text[:30]!r}, but the model declares the prompts {prompts}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
 
-def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig) -> tuple[list, int]:
-    """Tokens of each item, N times (length,) int32, and the number of truncated items."""
+def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> tuple[list, int]:
+    """Tokens of the prompt and each text, N times (length,) int32, and the number of truncated items."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)  # keeps closing special tokens
+    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)  # keeps closing special tokens
     tokens, truncated = [], 0
     for start in tqdm(range(0, len(texts), TEXTS_PER_CALL), unit=" batches", desc="tokenize"):
-        batch = [config.prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
+        batch = [prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
         encodings = backend.encode_batch_fast(batch)  # on all cores
         tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         truncated += sum(bool(encoding.overflowing) for encoding in encodings)
@@ -183,9 +174,8 @@ def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str,
                     header = {"descr": pad.dtype.str, "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
                     for ids in tokens:
-                        row = np.full(shape[1], pad)
-                        row[: len(ids)] = ids if name == "input_ids" else True
-                        member.write(row)
+                        member.write(ids if name == "input_ids" else np.ones_like(ids, bool))
+                        member.write(np.full(shape[1] - len(ids), pad))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -212,14 +202,15 @@ def main(argv: list[str] | None = None) -> None:
         fail(target, "cannot be written", ROOM)
     tokenizer = load_tokenizer(config.model_name)
     texts = catalogue["item_context"].head(config.num_rows or catalogue.height)
-    follow_declarations(config, tokenizer, texts[0])
+    # as in the model card of Qwen3-Embedding: no space after `Query:`
+    prompt = f"Instruct: {config.instruction}\nQuery:" if config.instruction else ""
+    follow_declarations(config, tokenizer, prompt + texts[0])
     print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
 
     # before tokenize(), which sets a truncation in the backend
     behaviour = tokenizer.backend_tokenizer.to_str() + tokenizer.truncation_side
-    tokens, truncated = tokenize(texts, tokenizer, config)
-    if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
-        fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
+    tokens, truncated = tokenize(texts, tokenizer, prompt, config.max_length)
+    assert all(map(len, tokens)), "an item has no tokens"
     print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items")
     settings = {
         "max_length": config.max_length,
@@ -228,13 +219,12 @@ def main(argv: list[str] | None = None) -> None:
         "instruction": config.instruction,
         "fingerprint": fingerprint(catalogue),
         "tokenizer": hashlib.sha256(behaviour.encode()).hexdigest(),
-        "format_version": FORMAT_VERSION,
+        "format_version": 3,
     }
     write(target, tokens, tokenizer.pad_token_id or 0, settings)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # do not crash on terminals without UTF-8
     try:
         main()
     except KeyboardInterrupt:

@@ -163,7 +163,7 @@ def main() -> None:
     stage = {}  # of ours: what the embedding alone took, and from what
 
     def ours() -> np.ndarray:
-        cut, _ = tokenize_items.tokenize(texts, tokenizer, tokenize_items.TokenizeConfig(max_length=MAX_LENGTH))
+        cut, _ = tokenize_items.tokenize(texts, tokenizer, f"Instruct: {instruction}\nQuery:", MAX_LENGTH)
         told = {"max_length": MAX_LENGTH, "n_items": len(texts), "instruction": instruction}
         told |= {"model_name": "", "fingerprint": "", "tokenizer": "", "format_version": embed_items.FORMAT_VERSION}
         with tempfile.TemporaryDirectory() as name:
