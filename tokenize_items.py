@@ -135,12 +135,11 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
     print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads at most {limit:g}")
 
-    # an item may start with any declared prompt, or with none unless one for documents is declared
-    starts = [prompt or "" for prompt in prompts.values()]
-    starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
-    # an instruction of your own fits if any declared prompt is one
-    fits = [start.startswith("Instruct:") if config.instruction else text.startswith(start) for start in starts]
-    if "__version__" in declared and not any(fits):  # the model was saved by sentence-transformers
+    # without an instruction, an item may start with any declared prompt, or plainly if none is declared for documents
+    plain = {"document", "passage", "corpus"}.isdisjoint(prompts)
+    starts = tuple(prompt or "" for prompt in prompts.values())
+    fits = "Instruct:" in str(prompts) if config.instruction else plain or text.startswith(starts)
+    if "__version__" in declared and not fits:  # the model was saved by sentence-transformers
         trouble = f"texts start with {text[:30]!r}, but the model declares the prompts {prompts}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
@@ -225,8 +224,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    main()
