@@ -95,7 +95,7 @@ class EmbedConfig:
 
     def path(self, file: str) -> Path:
         """Path of TOKENS, CATALOGUE or OUTPUT."""
-        return Path(self.data_dir, f"{self.category}_{file}")
+        return Path(self.data_dir, f"{self.category}_{file}").expanduser()
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -121,7 +121,6 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
-    config.data_dir = os.path.expanduser(config.data_dir)
     config.model_name = config.model_name and os.path.expanduser(config.model_name)
     return config
 
@@ -180,8 +179,7 @@ def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator
     """Rows of an array (N, W) in an npz, some at a time."""
     with archive.open(f"{name}.npy") as file:
         np.lib.format.read_magic(file)
-        (n, width), is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        assert not is_fortran, "its columns are stored one after the other"
+        (n, width), _, dtype = np.lib.format.read_array_header_1_0(file)
         for start in range(0, n, size):
             rows = min(size, n - start)
             # zipfile compares the checksum when the last byte is read
@@ -192,8 +190,7 @@ def read_tokens(path: Path, num_rows: int | None) -> Tokens:
     """Reads the npz, and ends the run if it is missing, damaged or of another format."""
     way_out = "run tokenize_items.py"
     with fail_on(Exception, path, "not a readable npz of tokenize_items.py", way_out), np.load(path) as npz:
-        if npz["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"not of format {FORMAT_VERSION}")
+        assert npz["format_version"] == FORMAT_VERSION, f"not of format {FORMAT_VERSION}"
         settings = {name: npz[name].item() for name in Tokens._fields[3:]}  # all but the arrays
         ids, lengths = bytearray(), []
         for rows, mask in zip(read_rows(npz.zip, "input_ids"), read_rows(npz.zip, "attention_mask"), strict=True):
@@ -266,11 +263,10 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     if unknown := paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
         fail(flag, f"its modules.json asks for {min(unknown)}, which this script cannot do", way_out)
     settings = read_json(config, f"{paths['Pooling']}/config.json") if "Pooling" in paths else {}
-    # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}
+    # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}; pooling_mode_lasttoken is last
     modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
     modes = "+".join([modes] if isinstance(modes, str) else modes)
-    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes)  # pooling_mode_lasttoken -> last
-    declared = declared or ("unknown" if modules else None)
+    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
     if declared and not settings.get("include_prompt", True):
         declared = f"{declared} without the prompt"
     if config.pooling != "auto":
@@ -287,9 +283,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     flag = f"--model_name {name}"
     way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
     print0(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
-    options = {"output_loading_info": True, "trust_remote_code": False}
     with fail_on(Exception, flag, "no model can be loaded from there", way_out):
-        model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
+        model, info = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(POOLER)):  # now random numbers
         trouble = f"{len(missing)} weights are not in its files, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
@@ -568,7 +563,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # each distinct text is embedded once, in its first row: hashes, first (M); inverse (N), the text of a row
         hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        message = [None]  # rank 0 puts the list of batches here, and the others receive it
+        left = [None]  # rank 0 puts the list of batches here, and the others receive it
         if RANK == 0:
             rows = first
             if config.reuse:
@@ -576,13 +571,12 @@ def main(argv: list[str] | None = None) -> None:
                 rows = first[~reuse(config, store, other, hashes, first)]
             batches = batches_by_length(np.sort(rows), tokens.lengths, config.tokens_per_batch)
             # an unfinished batch is embedded again as a whole: in a smaller one, a text would get slightly other bits
-            left = [batch for batch in batches if not is_unit(store.read(batch)).all()]
-            size = sum(map(len, left))
+            left = [[batch for batch in batches if not is_unit(store.read(batch)).all()]]
+            size = sum(map(len, left[0]))
             print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")
-            message[0] = left
         if WORLD > 1:
-            dist.broadcast_object_list(message)
-        batches = message[0][RANK::WORLD]
+            dist.broadcast_object_list(left)
+        batches = left[0][RANK::WORLD]
         # progress in tokens, of which a batch holds about tokens_per_batch, because the longest items come first
         for rows in tqdm(batches, "embed", unit=" tokens", unit_scale=config.tokens_per_batch, disable=RANK > 0):
             store.write(rows, embed(model, tokens, rows, config, prefix))
@@ -595,7 +589,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # do not crash on terminals without UTF-8
     try:
         main()
     except KeyboardInterrupt:

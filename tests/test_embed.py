@@ -898,7 +898,6 @@ CONTRADICTIONS = {
         "input_ids": np.vstack([n["input_ids"]] * 2),
         "attention_mask": np.vstack([n["attention_mask"]] * 2),
     },
-    "ids stored column by column": lambda n: {"input_ids": np.asfortranarray(n["input_ids"])},
     "a narrower mask": lambda n: {"attention_mask": n["attention_mask"][:, 1:]},
     "a shorter mask": lambda n: {"attention_mask": n["attention_mask"][1:]},
     "a flat mask": lambda n: {"attention_mask": n["attention_mask"].ravel()},
