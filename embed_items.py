@@ -121,7 +121,6 @@ def parse_config(argv: list[str] | None) -> EmbedConfig:
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
-    config.model_name = config.model_name and os.path.expanduser(config.model_name)
     return config
 
 
@@ -532,7 +531,7 @@ def main(argv: list[str] | None = None) -> None:
     n = len(hashes)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    config.model_name = config.model_name or tokens.model_name
+    config.model_name = os.path.expanduser(config.model_name or tokens.model_name)
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     with lock(config.path(OUTPUT)) if RANK == 0 else nullcontext():
         earlier = read_earlier(config, n, total)
@@ -592,6 +591,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        if RANK == 0:
-            print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
+        print0("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
         sys.exit(130)
