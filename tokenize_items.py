@@ -30,7 +30,6 @@ from transformers.utils import cached_file
 
 MAX_LENGTH = 2048  # by default also where a model declares more
 TEXTS_PER_CALL = 512  # enough to keep all threads of the tokenizer busy
-ROOM = "free disk space or get write access there"
 
 # ---------------------------------------------------------------- configuration
 
@@ -179,7 +178,7 @@ def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str,
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        fail(path, f"cannot be written ({error})", ROOM)
+        fail(path, f"cannot be written ({error})", "free disk space or get write access there")
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {path}: {shape[0]:,} x {shape[1]} tokens, {path.stat().st_size / 1e6:.1f} MB")
@@ -198,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
 
     catalogue = read_catalogue(source)
     if not os.access(target.parent, os.W_OK):
-        fail(target, "cannot be written", ROOM)
+        fail(target, "cannot be written", "get write access there")
     tokenizer = load_tokenizer(config.model_name)
     texts = catalogue["item_context"].head(config.num_rows or catalogue.height)
     # as in the model card of Qwen3-Embedding: no space after `Query:`
