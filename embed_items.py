@@ -95,7 +95,7 @@ class EmbedConfig:
 
     def path(self, file: str) -> Path:
         """Path of TOKENS, CATALOGUE or OUTPUT."""
-        return Path(self.data_dir, f"{self.category}_{file}")
+        return Path(self.data_dir, f"{self.category}_{file}").expanduser()
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -117,25 +117,20 @@ def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterat
 def parse_config(argv: list[str] | None) -> EmbedConfig:
     parser = HfArgumentParser(EmbedConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
-    with fail_on(ValueError, "command line", "unknown argument", "--help lists the flags"):
-        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    config = EmbedConfig(**vars(parser.parse_args(argv)))
     for name in ("target_dim", "tokens_per_batch", "num_rows"):
         if (value := getattr(config, name)) is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
-    config.data_dir = os.path.expanduser(config.data_dir)
-    config.model_name = config.model_name and os.path.expanduser(config.model_name)
     return config
 
 
-def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device of this process, and the reason for it."""
+def choose_device(name: str) -> torch.device:
+    """The device of this process; auto is the best one here."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind, reason = name, "asked for"
-    if name == "auto":
-        kind, reason = next(kind for kind in available if available[kind]), "the best one here"
+    kind = next(kind for kind in available if available[kind]) if name == "auto" else name
     if not available[kind]:
         fail(f"--device {name}", "there is none here", "use --device auto")
-    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None), reason
+    return torch.device(kind, LOCAL_RANK if kind == "cuda" else None)
 
 
 def keep_freed_memory() -> None:
@@ -183,8 +178,7 @@ def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator
     """Rows of an array (N, W) in an npz, some at a time."""
     with archive.open(f"{name}.npy") as file:
         np.lib.format.read_magic(file)
-        (n, width), is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        assert not is_fortran, "its columns are stored one after the other"
+        (n, width), _, dtype = np.lib.format.read_array_header_1_0(file)
         for start in range(0, n, size):
             rows = min(size, n - start)
             # zipfile compares the checksum when the last byte is read
@@ -192,13 +186,10 @@ def read_rows(archive: zipfile.ZipFile, name: str, size: int = 4096) -> Iterator
 
 
 def read_tokens(path: Path, num_rows: int | None) -> Tokens:
-    """Reads the npz, and ends the run if it is damaged or of another format."""
-    again = "run tokenize_items.py again"
-    if not path.is_file():
-        fail(path, "not found", "run tokenize_items.py first")
-    with fail_on(Exception, path, "damaged, or not an npz of tokenize_items.py", again), np.load(path) as npz:
-        if npz["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"not of format {FORMAT_VERSION}")
+    """Reads the npz, and ends the run if it is missing, damaged or of another format."""
+    way_out = "run tokenize_items.py"
+    with fail_on(Exception, path, "not a readable npz of tokenize_items.py", way_out), np.load(path) as npz:
+        assert npz["format_version"] == FORMAT_VERSION, f"not of format {FORMAT_VERSION}"
         settings = {name: npz[name].item() for name in Tokens._fields[3:]}  # all but the arrays
         ids, lengths = bytearray(), []
         for rows, mask in zip(read_rows(npz.zip, "input_ids"), read_rows(npz.zip, "attention_mask"), strict=True):
@@ -260,8 +251,7 @@ def read_json(config: EmbedConfig, name: str) -> Any:
                 fail(f"{config.model_name}/{name}", trouble, "go online once, or give --pooling")
             print0(f"warning: {config.model_name}/{name}: {trouble}", file=sys.stderr)
         return {}
-    with fail_on((OSError, ValueError), path, "not a readable JSON file", "get it again"):
-        return json.loads(Path(path).read_text("utf-8"))
+    return json.loads(Path(path).read_text("utf-8"))
 
 
 def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
@@ -272,11 +262,10 @@ def choose_pooling(config: EmbedConfig) -> tuple[str, str]:
     if unknown := paths.keys() - {"Transformer", "Pooling", "Normalize", "Dropout"}:
         fail(flag, f"its modules.json asks for {min(unknown)}, which this script cannot do", way_out)
     settings = read_json(config, f"{paths['Pooling']}/config.json") if "Pooling" in paths else {}
-    # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}
+    # {"pooling_mode": "mean"} or, before version 5, {"pooling_mode_mean_tokens": true}; pooling_mode_lasttoken is last
     modes = settings.get("pooling_mode") or [mode for mode in settings if "mode_" in mode and settings[mode]]
     modes = "+".join([modes] if isinstance(modes, str) else modes)
-    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes)  # pooling_mode_lasttoken -> last
-    declared = declared or ("unknown" if modules else None)
+    declared = re.sub("pooling_mode_|_tokens?$|token$", "", modes) or ("unknown" if modules else None)
     if declared and not settings.get("include_prompt", True):
         declared = f"{declared} without the prompt"
     if config.pooling != "auto":
@@ -293,9 +282,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTraine
     flag = f"--model_name {name}"
     way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
     print0(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
-    options = {"output_loading_info": True, "trust_remote_code": False}
     with fail_on(Exception, flag, "no model can be loaded from there", way_out):
-        model, info = AutoModel.from_pretrained(name, dtype=dtype, **options)
+        model, info = AutoModel.from_pretrained(name, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(POOLER)):  # now random numbers
         trouble = f"{len(missing)} weights are not in its files, {missing[0]} first"
         fail(flag, trouble, "download it again, or save it with the names that transformers gives")
@@ -375,9 +363,8 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
     name, path = config.model_name, config.path(TOKENS)
     again = f"run tokenize_items.py with --model_name {name}"
     vocabulary = getattr(model.get_input_embeddings(), "num_embeddings", 0)
-    for token in (tokens.ids.min(), tokens.ids.max()):
-        if not 0 <= token < vocabulary:
-            fail(path, f"holds token {token}, but the model knows {vocabulary} tokens", again)
+    if (largest := tokens.ids.max()) >= vocabulary:
+        fail(path, f"holds token {largest}, but the model knows {vocabulary} tokens", again)
     longest, limit = tokens.lengths.max(), getattr(model.config, "max_position_embeddings", None)
     if limit and 0 < limit < longest:  # XLNet says -1 for no limit
         fail(path, f"items of {longest} tokens, but the model reads only {limit}", f"{again} and a lower --max_length")
@@ -467,18 +454,6 @@ class Store:
         return result
 
 
-def embed_all(
-    model: PreTrainedModel, tokens: Tokens, config: EmbedConfig, prefix: Cache | None, store: Store, batches: list
-) -> None:
-    """Embeds these batches of rows and keeps their vectors."""
-    # progress in tokens: the longest items come first, so items a second would mislead
-    sizes = [int(tokens.lengths[rows].sum()) for rows in batches]
-    with tqdm(total=sum(sizes), unit=" tokens", unit_scale=True, desc="embed", disable=RANK > 0) as progress:
-        for rows, size in zip(batches, sizes, strict=True):
-            store.write(rows, embed(model, tokens, rows, config, prefix))
-            progress.update(size)
-
-
 # ---------------------------------------------------------------- output
 
 
@@ -544,13 +519,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
     logging.disable(logging.WARNING)  # the libraries print every retry without a network, and every unused weight
-    device, reason = choose_device(config.device)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device = choose_device(config.device)
+    keep_freed_memory()
     if WORLD > 1:
-        if LOCAL_RANK == 0:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            print(f"waiting for {WORLD} processes at {place}", flush=True)
+        print0(f"waiting for {WORLD} processes", flush=True)
         # gloo, also on GPUs: only lists of batches are sent, the vectors go through files
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
@@ -559,7 +531,7 @@ def main(argv: list[str] | None = None) -> None:
     n = len(hashes)
     if config.dtype == "auto":
         config.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    config.model_name = config.model_name or tokens.model_name
+    config.model_name = os.path.expanduser(config.model_name or tokens.model_name)
     config.tokens_per_batch = config.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     with lock(config.path(OUTPUT)) if RANK == 0 else nullcontext():
         earlier = read_earlier(config, n, total)
@@ -567,7 +539,7 @@ def main(argv: list[str] | None = None) -> None:
         config.pooling, why = choose_pooling(config)  # after load_model: without a network its error is the clearer one
         check_tokens(model, tokens, config)
         prefix, config.target_dim = check_vectors(model, tokens, config)
-        print0(f"device {device} ({reason}), dtype {config.dtype}, pooling {config.pooling} ({why})")
+        print0(f"device {device}, dtype {config.dtype}, pooling {config.pooling} ({why})")
         print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
         # `recipe` is what a vector depends on, `metadata` what the whole output depends on
         recipe = {
@@ -590,7 +562,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # each distinct text is embedded once, in its first row: hashes, first (M); inverse (N), the text of a row
         hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        message = [None]  # rank 0 puts the list of batches here, and the others receive it
+        left = [None]  # rank 0 puts the list of batches here, and the others receive it
         if RANK == 0:
             rows = first
             if config.reuse:
@@ -598,13 +570,15 @@ def main(argv: list[str] | None = None) -> None:
                 rows = first[~reuse(config, store, other, hashes, first)]
             batches = batches_by_length(np.sort(rows), tokens.lengths, config.tokens_per_batch)
             # an unfinished batch is embedded again as a whole: in a smaller one, a text would get slightly other bits
-            left = [batch for batch in batches if not is_unit(store.read(batch)).all()]
-            size = sum(map(len, left))
+            left = [[batch for batch in batches if not is_unit(store.read(batch)).all()]]
+            size = sum(map(len, left[0]))
             print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")
-            message[0] = left
         if WORLD > 1:
-            dist.broadcast_object_list(message)
-        embed_all(model, tokens, config, prefix, store, message[0][RANK::WORLD])
+            dist.broadcast_object_list(left)
+        batches = left[0][RANK::WORLD]
+        # progress in tokens, of which a batch holds about tokens_per_batch, because the longest items come first
+        for rows in tqdm(batches, "embed", unit=" tokens", unit_scale=config.tokens_per_batch, disable=RANK > 0):
+            store.write(rows, embed(model, tokens, rows, config, prefix))
         if WORLD > 1:
             dist.barrier()  # rank 0 writes when all have finished their vectors
         if RANK == 0:
@@ -614,10 +588,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # do not crash on terminals without UTF-8
     try:
         main()
     except KeyboardInterrupt:
-        if RANK == 0:
-            print("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
+        print0("interrupted: the same command goes on from the vectors finished so far", file=sys.stderr)
         sys.exit(130)

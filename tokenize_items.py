@@ -16,11 +16,9 @@ import logging
 import os
 import sys
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import polars as pl
@@ -30,11 +28,8 @@ from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBas
 from transformers.hf_argparser import HfArg
 from transformers.utils import cached_file
 
-FORMAT_VERSION = 3
 MAX_LENGTH = 2048  # by default also where a model declares more
 TEXTS_PER_CALL = 512  # enough to keep all threads of the tokenizer busy
-ROWS_PER_WRITE = 1024  # rows padded at once, because the whole padded array may not fit in memory
-ROOM = "free disk space or get write access there"
 
 # ---------------------------------------------------------------- configuration
 
@@ -48,19 +43,12 @@ class TokenizeConfig:
     model_name: str = HfArg(default="Qwen/Qwen3-Embedding-0.6B", help="Embedding model: a hub name or a local folder.")
     instruction: str = HfArg(
         default="Represent this product so that similar products have similar representations",
-        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for none; "
-        "write a prompt of another form into item_context.",
+        help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for none.",
     )
     max_length: int | None = HfArg(
-        default=None,
-        help="Maximum tokens of an item, instruction included; by default what the model declares, at most 2048.",
+        default=None, help="Maximum tokens of an item, instruction included; by default the model's, at most 2048."
     )
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
-
-    @property
-    def prompt(self) -> str:
-        """The text before every item, as in the model card of Qwen3-Embedding: no space after `Query:`."""
-        return f"Instruct: {self.instruction}\nQuery:" if self.instruction else ""
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -69,21 +57,10 @@ def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
     raise SystemExit(2)
 
 
-@contextmanager
-def fail_on(errors: Any, what: str | Path, trouble: str, way_out: str) -> Iterator[None]:
-    """Turns exceptions of these types into the error line of `fail`."""
-    try:
-        yield
-    except errors as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(what, f"{trouble} ({first_line})", way_out)
-
-
 def parse_config(argv: list[str] | None) -> TokenizeConfig:
     parser = HfArgumentParser(TokenizeConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
-    with fail_on(ValueError, "command line", "unknown argument", "--help lists the flags"):
-        (config,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    config = TokenizeConfig(**vars(parser.parse_args(argv)))
     for name, minimum in {"max_length": 2, "num_rows": 1}.items():
         if (value := getattr(config, name)) is not None and value < minimum:
             parser.error(f"--{name} {value}: must be at least {minimum}")
@@ -97,10 +74,11 @@ def parse_config(argv: list[str] | None) -> TokenizeConfig:
 def read_catalogue(path: Path) -> pl.DataFrame:
     """Reads parent_asin and item_context, and ends the run if they break the contract."""
     way_out = "write your catalogue there as one file, with the columns parent_asin and item_context"
-    if not path.is_file():
-        fail(path, "is a folder" if path.is_dir() else "not found", way_out)
-    with fail_on((pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError), path, "cannot be read", way_out):
-        catalogue = pl.read_parquet(path, columns=["parent_asin", "item_context"], glob=False)
+    try:
+        with open(path, "rb") as file:  # polars would also read a folder
+            catalogue = pl.read_parquet(file, columns=["parent_asin", "item_context"])
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
+        fail(path, f"cannot be read ({error})", way_out)
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
     checks = {}
@@ -127,55 +105,52 @@ def fingerprint(catalogue: pl.DataFrame) -> str:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    flag = f"--model_name {name}"
     way_out = "check the name, the network and the files (git lfs pull in a clone), or choose another model"
     print(f"loading {name}", flush=True)  # without a network, it may take a minute to fail
-    with fail_on(Exception, flag, "no tokenizer can be loaded from there", way_out):
+    try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
-    if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
-        fail(flag, "has no fast tokenizer (tokenizer.json)", "put the file there, or choose another model")
+        # from a folder with only a config.json, AutoTokenizer makes a tokenizer with an empty vocabulary
+        if not tokenizer.is_fast or len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("no fast tokenizer, which is a tokenizer.json")
+    except Exception as error:
+        fail(f"--model_name {name}", f"no tokenizer can be loaded from there ({error!s:.200})", way_out)
     return tokenizer
 
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Sets max_length; warns if the model declares prompts, and text, the first item's, starts with none of them."""
-    declared, length, prompts = {}, 0, {}
+    """Sets max_length; warns if the model declares prompts, and the text of the first item starts with none."""
+    declared = {}
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-        path = f"{config.model_name}/{name}"
         try:
             file = cached_file(config.model_name, name)
         except OSError as error:  # without a cause: there is no such file; with one: the hub could not be asked
             if error.__cause__ and try_to_load_from_cache(config.model_name, name) is None:
-                trouble = f"the hub cannot be asked for {path}, which may declare a length or prompts"
-                print(f"warning: {trouble}; go online once, or see --max_length, --instruction", file=sys.stderr)
+                trouble = "the hub cannot be asked for it, and it may declare a length or prompts; go online once"
+                print(f"warning: {config.model_name}/{name}: {trouble}", file=sys.stderr)
             continue
-        with fail_on((TypeError, ValueError), path, "damaged", "download it again"):
-            declared |= json.loads(Path(file).read_text("utf-8"))
-            length, prompts = int(declared.get("max_seq_length") or 0), dict(declared.get("prompts") or {})
-    limit = tokenizer.model_max_length  # 10**30 where there is none
+        declared |= json.loads(Path(file).read_text("utf-8"))
+    length, prompts = declared.get("max_seq_length"), declared.get("prompts") or {}
+    limit = tokenizer.model_max_length  # 1e+30 where there is none
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
-    reads = f"at most {limit}" if limit < 10**9 else "any length"
-    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {reads}")
+    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads at most {limit:g}")
 
-    # an item may start with any declared prompt, or with none unless one for documents is declared
-    starts = [prompt or "" for prompt in prompts.values()]
-    starts += [] if {"document", "passage", "corpus"} & prompts.keys() else [""]
-    # an instruction of your own fits if any declared prompt is one
-    fits = [start.startswith("Instruct:") if config.prompt else text.startswith(start) for start in starts]
-    if "__version__" in declared and not any(fits):  # the model was saved by sentence-transformers
-        trouble = f"texts start with {(config.prompt + text)[:30]!r}, but the model declares the prompts {prompts}"
+    # without an instruction, an item may start with any declared prompt, or plainly if none is declared for documents
+    plain = {"document", "passage", "corpus"}.isdisjoint(prompts)
+    starts = tuple(prompt or "" for prompt in prompts.values())
+    fits = "Instruct:" in str(prompts) if config.instruction else plain or text.startswith(starts)
+    if "__version__" in declared and not fits:  # the model was saved by sentence-transformers
+        trouble = f"texts start with {text[:30]!r}, but the model declares the prompts {prompts}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
 
 
-def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: TokenizeConfig) -> tuple[list, int]:
-    """Tokens of each item, N times (length,) int32, and the number of truncated items."""
+def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, prompt: str, max_length: int) -> tuple[list, int]:
+    """Tokens of the prompt and each text, N times (length,) int32, and the number of truncated items."""
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
-    backend.enable_truncation(config.max_length, direction=tokenizer.truncation_side)  # keeps closing special tokens
+    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)  # keeps closing special tokens
     tokens, truncated = [], 0
     for start in tqdm(range(0, len(texts), TEXTS_PER_CALL), unit=" batches", desc="tokenize"):
-        batch = [config.prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
+        batch = [prompt + text for text in texts[start : start + TEXTS_PER_CALL]]
         encodings = backend.encode_batch_fast(batch)  # on all cores
         tokens += [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         truncated += sum(bool(encoding.overflowing) for encoding in encodings)
@@ -186,27 +161,24 @@ def tokenize(texts: pl.Series, tokenizer: PreTrainedTokenizerBase, config: Token
 
 
 def write(path: Path, tokens: list[np.ndarray], pad_id: int, settings: dict[str, str | int]) -> None:
-    """Writes what np.savez would write, but pads only some rows at a time, to save memory."""
-    lengths = np.array([len(ids) for ids in tokens])
-    shape = len(tokens), int(lengths.max())  # (N, W)
+    """Writes what np.savez would write, but pads one row at a time, to save memory."""
+    shape = len(tokens), max(map(len, tokens))  # (N, W)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with fail_on(OSError, path, "cannot be written", ROOM):
-            with open(temporary, "w+b") as file:
-                np.savez(file, **settings)
-                for name, dtype in {"input_ids": "<i4", "attention_mask": "|b1"}.items():
-                    with zipfile.ZipFile(file, "a") as npz, npz.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        header = {"descr": dtype, "fortran_order": False, "shape": shape}
-                        np.lib.format.write_array_header_1_0(member, header)
-                        for start in range(0, len(tokens), ROWS_PER_WRITE):
-                            rows = slice(start, start + ROWS_PER_WRITE)
-                            mask = np.arange(shape[1]) < lengths[rows, None]
-                            input_ids = np.full(mask.shape, pad_id, np.int32)
-                            input_ids[mask] = np.concatenate(tokens[rows])
-                            member.write(input_ids if name == "input_ids" else mask)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        with open(temporary, "w+b") as file:
+            np.savez(file, **settings)
+            for name, pad in {"input_ids": np.int32(pad_id), "attention_mask": np.bool_(False)}.items():
+                with zipfile.ZipFile(file, "a") as npz, npz.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    header = {"descr": pad.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for ids in tokens:
+                        member.write(ids if name == "input_ids" else np.ones_like(ids, bool))
+                        member.write(np.full(shape[1] - len(ids), pad))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        fail(path, f"cannot be written ({error})", "free disk space or get write access there")
     finally:
         temporary.unlink(missing_ok=True)
     print(f"wrote {path}: {shape[0]:,} x {shape[1]} tokens, {path.stat().st_size / 1e6:.1f} MB")
@@ -225,17 +197,18 @@ def main(argv: list[str] | None = None) -> None:
 
     catalogue = read_catalogue(source)
     if not os.access(target.parent, os.W_OK):
-        fail(target, "cannot be written", ROOM)
+        fail(target, "cannot be written", "get write access there")
     tokenizer = load_tokenizer(config.model_name)
     texts = catalogue["item_context"].head(config.num_rows or catalogue.height)
-    follow_declarations(config, tokenizer, texts[0])
+    # as in the model card of Qwen3-Embedding: no space after `Query:`
+    prompt = f"Instruct: {config.instruction}\nQuery:" if config.instruction else ""
+    follow_declarations(config, tokenizer, prompt + texts[0])
     print(f"{len(texts):,} of {catalogue.height:,} items of {source}, {os.cpu_count()} cores")
 
     # before tokenize(), which sets a truncation in the backend
     behaviour = tokenizer.backend_tokenizer.to_str() + tokenizer.truncation_side
-    tokens, truncated = tokenize(texts, tokenizer, config)
-    if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
-        fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
+    tokens, truncated = tokenize(texts, tokenizer, prompt, config.max_length)
+    assert all(map(len, tokens)), "an item has no tokens"
     print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items")
     settings = {
         "max_length": config.max_length,
@@ -244,15 +217,10 @@ def main(argv: list[str] | None = None) -> None:
         "instruction": config.instruction,
         "fingerprint": fingerprint(catalogue),
         "tokenizer": hashlib.sha256(behaviour.encode()).hexdigest(),
-        "format_version": FORMAT_VERSION,
+        "format_version": 3,
     }
     write(target, tokens, tokenizer.pad_token_id or 0, settings)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # do not crash on terminals without UTF-8
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
+    main()

@@ -822,7 +822,8 @@ def test_a_missing_npz_is_refused(with_earlier, refused):
     path = with_earlier / "Tiny_tokenized.npz"
     path.unlink()
     line = refused(main, flags(with_earlier), with_earlier)
-    assert f"{path}: not found; run tokenize_items.py first" in line
+    assert f"{path}: not a readable npz of tokenize_items.py ([Errno 2] No such file" in line
+    assert "run tokenize_items.py" in line
 
 
 @pytest.mark.parametrize("part", [0, 100, 0.5, -100, -1, "garbage", "npy", "pickle"])
@@ -839,8 +840,8 @@ def test_a_file_that_is_no_whole_npz_is_refused(with_earlier, refused, part):
     else:
         path.write_bytes(whole[: int(len(whole) * part) if isinstance(part, float) else part])
     line = refused(main, flags(with_earlier), with_earlier)
-    assert f"{path}: damaged, or not an npz of tokenize_items.py" in line
-    assert "run tokenize_items.py again" in line
+    assert f"{path}: not a readable npz of tokenize_items.py" in line
+    assert "; run tokenize_items.py" in line
 
 
 def read_or_refuse(path):
@@ -887,7 +888,7 @@ def test_an_npz_without_a_key_is_refused(with_earlier, refused, key):
     change_npz(with_earlier, **{key: None})
     line = refused(main, flags(with_earlier), with_earlier)
     assert str(with_earlier / "Tiny_tokenized.npz") in line
-    assert "run tokenize_items.py again" in line
+    assert "; run tokenize_items.py" in line
 
 
 CONTRADICTIONS = {
@@ -897,7 +898,6 @@ CONTRADICTIONS = {
         "input_ids": np.vstack([n["input_ids"]] * 2),
         "attention_mask": np.vstack([n["attention_mask"]] * 2),
     },
-    "ids stored column by column": lambda n: {"input_ids": np.asfortranarray(n["input_ids"])},
     "a narrower mask": lambda n: {"attention_mask": n["attention_mask"][:, 1:]},
     "a shorter mask": lambda n: {"attention_mask": n["attention_mask"][1:]},
     "a flat mask": lambda n: {"attention_mask": n["attention_mask"].ravel()},
@@ -926,9 +926,9 @@ def test_a_device_that_is_not_there_is_refused(with_earlier, refused, monkeypatc
 
 
 BAD_FLAGS = {
-    "unknown": (["--no_such_flag", "1"], "'--no_such_flag'"),
-    "abbreviated": (["--pool", "mean"], "'--pool'"),
-    "stray word": (["Tiny"], "'Tiny'"),
+    "unknown": (["--no_such_flag", "1"], "--no_such_flag"),
+    "abbreviated": (["--pool", "mean"], "--pool"),
+    "stray word": (["Tiny"], "Tiny"),
     "no number": (["--target_dim", "many"], "--target_dim"),
     "no such pooling": (["--pooling", "max"], "--pooling"),
     "target_dim 0": (["--target_dim", "0"], "--target_dim 0: must be at least 1"),
@@ -1017,14 +1017,22 @@ def test_the_same_command_goes_on_to_the_same_bytes(qwen3_dir, tmp_path, monkeyp
 
 @pytest.fixture
 def embedded(monkeypatch) -> list[int]:
-    """The rows that embed_all embeds."""
-    rows, embed_all = [], embed_items.embed_all
+    """The rows that are embedded, but for the few of check_vectors."""
+    rows, embed, check = [], embed_items.embed, embed_items.check_vectors
 
-    def noting(*arguments):
-        rows.extend(np.concatenate([[], *arguments[-1]]).astype(int).tolist())
-        embed_all(*arguments)
+    def noting(model, tokens, batch, *rest):
+        rows.extend(batch.tolist())
+        return embed(model, tokens, batch, *rest)
 
-    monkeypatch.setattr(embed_items, "embed_all", noting)
+    def forgetting(*arguments):
+        before = len(rows)
+        try:
+            return check(*arguments)
+        finally:
+            del rows[before:]
+
+    monkeypatch.setattr(embed_items, "embed", noting)
+    monkeypatch.setattr(embed_items, "check_vectors", forgetting)
     return rows
 
 
@@ -1143,15 +1151,15 @@ def test_the_vectors_of_a_run_stopped_on_an_earlier_catalogue_do_not_block_the_n
 
 @pytest.mark.parametrize("change", ["reversed", "shorter", "gone"])
 def test_a_catalogue_that_is_replaced_meanwhile_is_told(qwen3_dir, catalogue, monkeypatch, capsys, change):
-    path, embed_all = qwen3_dir / "Tiny_items_updated.parquet", embed_items.embed_all
+    path, write = qwen3_dir / "Tiny_items_updated.parquet", embed_items.write
 
     def replacing(*arguments):
-        embed_all(*arguments)
         path.unlink() if change == "gone" else catalogue.reverse().head(60 - 9 * (change == "shorter")).write_parquet(
             path
         )
+        write(*arguments)
 
-    monkeypatch.setattr(embed_items, "embed_all", replacing)
+    monkeypatch.setattr(embed_items, "write", replacing)
     with pytest.raises(SystemExit, match="2"):
         main(flags(qwen3_dir))
     assert f"error: {path}: another file than when this run began" in capsys.readouterr().err

@@ -64,20 +64,19 @@ def test_a_catalogue_that_changes_for_five_rounds_keeps_its_ids(tmp_path, data_d
     draw, word = random.Random(0), itertools.count()
     invent = lambda: f"lamp {next(word)} " + " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))  # noqa: E731
     items = {f"B{number:03}": invent() for number in range(120)}
-    embedded, within, embed, embed_all = set(), [], embed_items.embed, embed_items.embed_all
+    embedded, embed, check = set(), embed_items.embed, embed_items.check_vectors
 
     def watched(model, tokens, rows, *rest):
-        if within:  # not the few that the script embeds before the work, as a check
-            embedded.update(list(items.values())[row] for row in rows)
+        embedded.update(list(items.values())[row] for row in rows)
         return embed(model, tokens, rows, *rest)
 
-    def watched_all(*arguments):
-        within.append(True)
-        embed_all(*arguments)
-        within.clear()
+    def forgotten(*arguments):  # the few that the script embeds before the work, as a check
+        result = check(*arguments)
+        embedded.clear()
+        return result
 
     monkeypatch.setattr(embed_items, "embed", watched)
-    monkeypatch.setattr(embed_items, "embed_all", watched_all)
+    monkeypatch.setattr(embed_items, "check_vectors", forgotten)
     given, texts, before = {}, {}, {}  # who was ever given an ID; the texts and the IDs of the round before
     export = ["--export_only", "--keep_ids", "data/output/Tiny_semantic_ids.parquet"]
     for number in range(6):
