@@ -130,9 +130,10 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
             continue
         declared |= json.loads(Path(file).read_text("utf-8"))
     length, prompts = declared.get("max_seq_length"), declared.get("prompts") or {}
-    limit = tokenizer.model_max_length  # 1e+30 where there is none
+    limit = tokenizer.model_max_length  # 10**30 where there is none
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
-    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads at most {limit:g}")
+    reads = f"at most {limit}" if limit < 10**9 else "any length"
+    print(f"max_length {config.max_length}; the model declares {length or 'none'} and reads {reads}")
 
     # without an instruction, an item may start with any declared prompt, or plainly if none is declared for documents
     plain = {"document", "passage", "corpus"}.isdisjoint(prompts)

