@@ -1120,35 +1120,36 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
     return codes
 
 
-def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: list[int]) -> Iterator[tuple]:
-    """Groups of items with equal first `level` codes, if any next code has more items than there are free IDs below it.
+def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, capacity: int) -> Iterator[tuple]:
+    """Groups of items with equal first `level` codes, if more than `capacity` items and occupied IDs share a next code.
 
-    codes (N, L), occupied (T, L) IDs already given, sizes (L) of the codebooks -> for each group its rows (n), and the
-    number of free IDs below each next code (K).
+    codes (N, L), occupied (T, L) IDs already given -> for each group its rows (n), and the next codes taken (t).
     """
     n, all_ids = len(codes), np.concatenate([codes, occupied])
-    capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
     for group in group_rows(prefix_keys(all_ids, level)):
-        if np.bincount(all_ids[group, level]).max() > capacity:
-            taken = all_ids[group[group >= n], level]
-            yield group[group < n], capacity - np.bincount(taken, minlength=sizes[level])
+        if group[0] < n and np.bincount(all_ids[group, level]).max() > capacity:
+            yield group[group < n], all_ids[group[group >= n], level]
 
 
 @torch.inference_mode()
-def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, groups: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """For rows (n) with one prefix, a group at a time: mean square errors against every ID below the prefix, (n, K).
+def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.ndarray, capacity: int) -> Iterator:
+    """For each crowded group of the last level its rows (n), free codes (F), and mean square errors with them (n, F).
 
     x (N, D) as stored, codes (N, L). Decodes the IDs of several groups at once, for speed.
     """
     device, size = model.input_mean.device, model.config.codebook_size[-1]
+    groups = list(crowded_groups(codes, occupied, codes.shape[1] - 1, capacity))
     step = chunk_rows(device, size)
     for some in (groups[start : start + step] for start in range(0, len(groups), step)):
-        ids = torch.from_numpy(codes[[rows[0] for rows in some]]).unsqueeze(1).repeat(1, size, 1)  # (G, K, L)
+        members = [rows for rows, _ in some]
+        ids = torch.from_numpy(codes[[rows[0] for rows in members]]).unsqueeze(1).repeat(1, size, 1)  # (G, K, L)
         ids[..., -1] = torch.arange(size)
-        targets = model.standardise(x[np.concatenate(some)].to(device)).split([len(rows) for rows in some])
-        for target, decoded in zip(targets, model.decode(model.decode_levels(ids.to(device))), strict=True):
-            errors = code_distances(target, decoded) + target.square().sum(1, keepdim=True)
-            yield (errors / x.shape[1]).cpu().numpy()
+        targets = model.standardise(x[np.concatenate(members)].to(device)).split([len(rows) for rows in members])
+        decoded = model.decode(model.decode_levels(ids.to(device)))  # (G, K, D)
+        for (rows, taken), target, vectors in zip(some, targets, decoded, strict=True):
+            errors = (code_distances(target, vectors) + target.square().sum(1, keepdim=True)) / x.shape[1]
+            free = np.setdiff1d(np.arange(size), taken)
+            yield rows, free, errors.cpu().numpy()[:, free]
 
 
 def assign_distinct(
@@ -1161,23 +1162,23 @@ def assign_distinct(
     (scipy.optimize.linear_sum_assignment). Only items below crowded prefixes change. Needs as many IDs as N + T.
     """
     codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
-    codes, sizes, last = codes.copy(), model.config.codebook_size, len(codebooks) - 1
-    assert len(codes) + len(occupied) <= math.prod(sizes), "more items than IDs"
-    for level in range(last):
-        for rows, room in crowded_groups(codes, occupied, level, sizes):
-            left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
-            target = spill(codes[rows, level], left, codebooks[level], room)
-            moved = target != codes[rows, level]
-            rows, left = rows[moved], left[moved]
-            codes[rows, level] = target[moved]
-            for below in range(level + 1, last + 1):
-                left = left - codebooks[below - 1][codes[rows, below - 1]]
-                codes[rows, below] = cdist(left, codebooks[below]).argmin(1)
-    groups = list(crowded_groups(codes, occupied, last, sizes))
-    errors = last_code_errors(model, x, codes, [rows for rows, _ in groups])
-    for (rows, room), cost in zip(groups, errors, strict=True):
-        free = np.flatnonzero(room)
-        codes[rows, -1] = free[linear_sum_assignment(cost[:, free])[1]]
+    codes, sizes, n = codes.copy(), model.config.codebook_size, len(codes) + len(occupied)
+    assert n <= math.prod(sizes), "more items than IDs"
+
+    def residuals(rows: np.ndarray, level: int) -> np.ndarray:  # (n, E)
+        return latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))
+
+    for level in range(len(sizes) - 1):
+        capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
+        for rows, taken in crowded_groups(codes, occupied, level, capacity):
+            room = capacity - np.bincount(taken, minlength=sizes[level])
+            target = spill(codes[rows, level], residuals(rows, level), codebooks[level], room)
+            moved = rows[target != codes[rows, level]]
+            codes[rows, level] = target
+            for below in range(level + 1, len(sizes)):
+                codes[moved, below] = cdist(residuals(moved, below), codebooks[below]).argmin(1)
+    for rows, free, errors in last_code_errors(model, x, codes, occupied, capacity=1):
+        codes[rows, -1] = free[linear_sum_assignment(errors)[1]]
     return codes
 
 
@@ -1247,18 +1248,6 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, model
     return PreviousIDs(ids.to_numpy(), vanished.to_numpy(), retired)
 
 
-def best_free_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """Least error of a free ID below each item's prefix: x (N, D), codes (N, L), occupied (T, L) -> (N)."""
-    n, last, best = len(codes), codes.shape[1] - 1, np.full(len(codes), np.inf)
-    keys = prefix_keys(np.concatenate([codes, occupied]), last)
-    taken = {keys[n + group[0]]: occupied[group, last] for group in group_rows(keys[n:])}
-    groups = group_rows(keys[:n])
-    for rows, errors in zip(groups, last_code_errors(model, x, codes, groups), strict=True):
-        errors[:, taken.get(keys[rows[0]], [])] = np.inf
-        best[rows] = errors.min(1)
-    return best
-
-
 def is_clearly_better(errors: np.ndarray, old_errors: np.ndarray) -> np.ndarray:
     return MOVE_RATIO * np.maximum(errors, MIN_ERROR) < old_errors
 
@@ -1282,7 +1271,10 @@ def keep_or_assign(
     rows = np.flatnonzero(~is_new & (ids[:, :levels] != codes).any(1))
     old_errors = decoded_errors(model, x[rows], ids[rows])
     if not has_suffix:
-        may_move = is_clearly_better(best_free_errors(model, x[rows], codes[rows], occupied), old_errors)
+        best = np.full(len(rows), np.inf)  # least errors of the free IDs below each encoded prefix
+        for group, _, errors in last_code_errors(model, x[rows], codes[rows], occupied, capacity=0):
+            best[group] = errors.min(1, initial=np.inf)
+        may_move = is_clearly_better(best, old_errors)
         rows, old_errors = rows[may_move], old_errors[may_move]
     if is_new.sum() + len(rows) <= free:  # otherwise none moves, and the new items get the free IDs
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
