@@ -373,12 +373,11 @@ class EmbeddingDataset:
             dim = file.select(lists.head(1).list.len()).collect().item()
             if not dim:
                 fail(path, "the first embedding is null or empty", way_out)
-            vectors, start = np.full((end - first, dim), np.nan, dtype=np.float32), 0
-            for piece in own.select(lists).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
-                column = piece.to_series()
-                fits = (column.list.len() == dim).fill_null(False)
-                vectors[start : start + len(column)][fits] = column.filter(fits).list.to_array(dim).to_numpy()
-                start += len(column)
+            vectors, start = np.empty((end - first, dim), dtype=np.float32), 0
+            rows = pl.when(lists.list.len() == dim).then(lists).list.to_array(dim)  # others become null, and then NaN
+            for piece in own.select(rows).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
+                vectors[start : start + len(piece)] = piece.to_series().to_numpy()
+                start += len(piece)
         wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
         if wrong.any():
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
