@@ -1225,26 +1225,22 @@ class PreviousIDs(NamedTuple):
 def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, model_hash: str) -> PreviousIDs:
     """The export that --keep_ids names, for items with these names; ends the run if it is unfit."""
     path, way_out = Path(config.keep_ids), "name another export, or leave --keep_ids out for new IDs"
-    width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
+    width = len(sizes) + (config.collisions == "suffix")
     columns = [f"semantic_id_{level}" for level in range(width)]
-    trouble = "damaged, saved again by another program, or not an export with distinct IDs"
+    trouble = "damaged, saved again by another program, or not an export"
     with fail_on((*UNREADABLE, LookupError, ValueError, TypeError), path, trouble, way_out):
         metadata = pl.read_parquet_metadata(path)
         if metadata["model"] != model_hash:
             fail(path, "made with another model, so that its IDs mean other things", way_out)
-        if metadata["collisions"] != config.collisions:
-            fail(path, f"made with --collisions {metadata['collisions']}", "give the same, or name another export")
+        if metadata["collisions"] != config.collisions or config.collisions == "keep":
+            trouble = f"made with --collisions {metadata['collisions']}"
+            fail(path, trouble, "give the same, assign or suffix, or name another export")
         table = pl.read_parquet(path, glob=False).select("parent_asin", pl.col(columns).cast(pl.Int64))
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
-        every = np.concatenate([table.select(columns).to_numpy(), retired])
-        in_range = every.min() >= 0 and (every[:, :levels] < sizes).all()
-        once = len(np.unique(every, axis=0)) == len(every) and table["parent_asin"].is_unique().all()
-        if config.collisions == "keep" or not in_range or not once:
-            raise ValueError("items may share IDs, occur twice, or have IDs out of range")
-    now = names.to_frame("parent_asin")
-    ids = now.join(table, on="parent_asin", how="left", maintain_order="left").select(pl.col(columns).fill_null(-1))
-    vanished = table.join(now, on="parent_asin", how="anti", maintain_order="left").select(columns)
-    return PreviousIDs(ids.to_numpy(), vanished.to_numpy(), retired)
+        now = names.to_frame("parent_asin")
+        ids = now.join(table, on="parent_asin", how="left", maintain_order="left", validate="1:1").fill_null(-1)
+        vanished = table.join(now, on="parent_asin", how="anti", maintain_order="left")
+    return PreviousIDs(ids.select(columns).to_numpy(), vanished.select(columns).to_numpy(), retired)
 
 
 def is_clearly_better(errors: np.ndarray, old_errors: np.ndarray) -> np.ndarray:
