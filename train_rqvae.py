@@ -1151,36 +1151,6 @@ def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.nd
             yield rows, free, errors.cpu().numpy()[:, free]
 
 
-def assign_distinct(
-    model: RQVAE, x: Tensor, latents: np.ndarray, codes: np.ndarray, occupied: np.ndarray
-) -> np.ndarray:
-    """Distinct IDs of the same length, none in occupied (T, L): x (N, D), latents (N, E), codes (N, L) -> IDs (N, L).
-
-    From the first level down, a prefix with more items than free IDs below it gives some to the nearest code with
-    room. At the last level, the items of a prefix get different codes at the least total error
-    (scipy.optimize.linear_sum_assignment). Only items below crowded prefixes change. Needs as many IDs as N + T.
-    """
-    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
-    codes, sizes, n = codes.copy(), model.config.codebook_size, len(codes) + len(occupied)
-    assert n <= math.prod(sizes), "more items than IDs"
-
-    def residuals(rows: np.ndarray, level: int) -> np.ndarray:  # (n, E)
-        return latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))
-
-    for level in range(len(sizes) - 1):
-        capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
-        for rows, taken in crowded_groups(codes, occupied, level, capacity):
-            room = capacity - np.bincount(taken, minlength=sizes[level])
-            target = spill(codes[rows, level], residuals(rows, level), codebooks[level], room)
-            moved = rows[target != codes[rows, level]]
-            codes[rows, level] = target
-            for below in range(level + 1, len(sizes)):
-                codes[moved, below] = cdist(residuals(moved, below), codebooks[below]).argmin(1)
-    for rows, free, errors in last_code_errors(model, x, codes, occupied, capacity=1):
-        codes[rows, -1] = free[linear_sum_assignment(errors)[1]]
-    return codes
-
-
 def add_suffix(codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
     """TIGER's suffix (section 3.1): codes (N, L) and a number among equals, above those of occupied (T, L + 1)."""
     n, levels = codes.shape
@@ -1205,10 +1175,33 @@ def decoded_errors(model: RQVAE, x: Tensor, codes: np.ndarray) -> np.ndarray:
 def make_distinct(
     model: RQVAE, x: Tensor, latents: np.ndarray, codes: np.ndarray, collisions: str, occupied: np.ndarray
 ) -> np.ndarray:
-    """IDs of x (N, D) with latents (N, E) and codes (N, L), none of them in occupied: (N, L), with a suffix L + 1."""
-    if collisions == "assign":
-        return assign_distinct(model, x, latents, codes, occupied)
-    return add_suffix(codes, occupied) if collisions == "suffix" else codes
+    """IDs of x (N, D) with latents (N, E) and codes (N, L), none of them in occupied: (N, L), with a suffix L + 1.
+
+    To assign: from the first level down, a prefix with more items than free IDs below it gives some to the nearest code
+    with room. At the last level, the items of a prefix get different codes at the least total error
+    (scipy.optimize.linear_sum_assignment). Only items below crowded prefixes change. Needs IDs for all, occupied too.
+    """
+    if collisions != "assign":
+        return add_suffix(codes, occupied) if collisions == "suffix" else codes
+    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
+    codes, sizes, n = codes.copy(), model.config.codebook_size, len(codes) + len(occupied)
+    assert n <= math.prod(sizes), "more items than IDs"
+
+    def residuals(rows: np.ndarray, level: int) -> np.ndarray:  # (n, E)
+        return latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))
+
+    for level in range(len(sizes) - 1):
+        capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
+        for rows, taken in crowded_groups(codes, occupied, level, capacity):
+            room = capacity - np.bincount(taken, minlength=sizes[level])
+            target = spill(codes[rows, level], residuals(rows, level), codebooks[level], room)
+            moved = rows[target != codes[rows, level]]
+            codes[rows, level] = target
+            for below in range(level + 1, len(sizes)):
+                codes[moved, below] = cdist(residuals(moved, below), codebooks[below]).argmin(1)
+    for rows, free, errors in last_code_errors(model, x, codes, occupied, capacity=1):
+        codes[rows, -1] = free[linear_sum_assignment(errors)[1]]
+    return codes
 
 
 # ---------------------------------------------------------------- keeping the IDs of an earlier export

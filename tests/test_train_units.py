@@ -849,7 +849,7 @@ def assigned(latents: np.ndarray, codes: np.ndarray, codebooks: list[np.ndarray]
     for quantizer, book in zip(model.quantizers, codebooks, strict=True):
         quantizer.codebook.copy_(torch.from_numpy(book))
     occupied = np.array(occupied, dtype=np.int64).reshape(-1, codes.shape[1])
-    return train_rqvae.assign_distinct(model, torch.from_numpy(latents).float(), latents, codes, occupied)
+    return train_rqvae.make_distinct(model, torch.from_numpy(latents).float(), latents, codes, "assign", occupied)
 
 
 @st.composite
