@@ -1362,16 +1362,17 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
 # ---------------------------------------------------------------- report
 
 
-def bar_chart(counts: list[int]) -> str:
+def bar_chart(counts: pl.Series) -> str:
     """Items a code, from the most common code to the rarest; each bar is the mean of some codes: counts (K)."""
     columns = [part.mean() for part in np.array_split(np.sort(counts)[::-1], min(BAR_COLUMNS, len(counts)))]
-    return "".join(BARS[math.ceil(column / columns[0] * (len(BARS) - 1))] for column in columns)
+    bars = "".join(BARS[math.ceil(column / columns[0] * (len(BARS) - 1))] for column in columns)
+    return f"{counts.max()} {bars} {counts.min()}"
 
 
-def print_table(rows: list[dict]) -> None:
+def print_table(table: pl.DataFrame) -> None:
     plain = {"tbl_hide_dataframe_shape": True, "tbl_hide_column_data_types": True, "tbl_formatting": "NOTHING"}
     with pl.Config(**plain, tbl_rows=-1, tbl_cols=-1, tbl_width_chars=1000, fmt_str_lengths=200, float_precision=4):
-        print(pl.DataFrame(rows))
+        print(table)
 
 
 def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
@@ -1398,16 +1399,13 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
 def print_report(quality: dict, tree: str) -> None:
     items, sampled, queries = quality["items"], quality["sampled_items"], quality["recall_queries"]
     print(f"\n{items:,} items, codebooks of {' × '.join(map(str, quality['codebook_size']))} codes")
-    rows = []
-    for i, level in enumerate(quality["levels"]):
-        counts = level["items_per_code"]
-        rows.append({"level": i} | level | {"items_per_code": f"{max(counts)} {bar_chart(counts)} {min(counts)}"})
-    print_table(rows)
+    levels = pl.DataFrame(quality["levels"]).with_row_index("level")
+    print_table(levels.with_columns(pl.col("items_per_code").map_elements(bar_chart, pl.String)))
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
     print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
-    print_table([{"IDs": name} | quality[key] for key, name in names.items()])
+    print_table(pl.DataFrame([{"IDs": name} | quality[key] for key, name in names.items()]))
     sample = f"; figures that need vectors are of a sample of {sampled:,}" if sampled < items else ""
     print(f"recall@10 is of {queries:,} items{sample}")
     displaced, norm = quality["displaced"], quality["residual_norm"]
