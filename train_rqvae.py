@@ -90,7 +90,6 @@ BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 WRITABLE = "make room or set the rights there"
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-RECIPE = "model_name", "instruction", "pooling"  # metadata of embed_items.py, on which the vectors depend
 MANY = 10**12
 BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named here
     "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
@@ -386,7 +385,7 @@ class EmbeddingDataset:
         contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
         # not CRCs: they are linear, and a sum of them can survive two vectors changing places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
-        recipe = {name: metadata[name] for name in RECIPE if name in metadata}
+        recipe = {name: metadata[name] for name in ("model_name", "instruction", "pooling") if name in metadata}
         self.fingerprint = {"data": checksum, "recipe": recipe}
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
@@ -1327,8 +1326,7 @@ def coherence(x: Tensor, codes: np.ndarray, level: int) -> float | None:
     keys = torch.from_numpy(prefix_keys(codes, level)).to(x.device)
     sizes = keys.bincount()  # (groups)
     sums = torch.zeros(len(sizes), x.shape[1], device=x.device)
-    for part, part_keys in zip(x.split(ROWS_READ), keys.split(ROWS_READ), strict=True):
-        sums.index_add_(0, part_keys, F.normalize(part))
+    sums.index_add_(0, keys, F.normalize(x))
     shared = sizes > 1
     weighted = (sums.norm(dim=1).square() - sizes) / (sizes - 1)  # (groups) size times the mean over pairs
     return (weighted[shared].sum() / sizes[shared].sum()).item() if shared.any() else None
