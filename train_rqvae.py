@@ -324,8 +324,7 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            with fail_on(OSError, path, "cannot be written", WRITABLE):
-                os.replace(temporary[path], path)
+            os.replace(temporary[path], path)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -1185,19 +1184,17 @@ def make_distinct(
     codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
     codes, sizes, n = codes.copy(), model.config.codebook_size, len(codes) + len(occupied)
     assert n <= math.prod(sizes), "more items than IDs"
-
-    def residuals(rows: np.ndarray, level: int) -> np.ndarray:  # (n, E)
-        return latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))
-
     for level in range(len(sizes) - 1):
         capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
         for rows, taken in crowded_groups(codes, occupied, level, capacity):
             room = capacity - np.bincount(taken, minlength=sizes[level])
-            target = spill(codes[rows, level], residuals(rows, level), codebooks[level], room)
-            moved = rows[target != codes[rows, level]]
+            left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
+            target = spill(codes[rows, level], left, codebooks[level], room)
+            moved = target != codes[rows, level]
             codes[rows, level] = target
             for below in range(level + 1, len(sizes)):
-                codes[moved, below] = cdist(residuals(moved, below), codebooks[below]).argmin(1)
+                left = left - codebooks[below - 1][codes[rows, below - 1]]
+                codes[rows[moved], below] = cdist(left[moved], codebooks[below]).argmin(1)
     for rows, free, errors in last_code_errors(model, x, codes, occupied, capacity=1):
         codes[rows, -1] = free[linear_sum_assignment(errors)[1]]
     return codes
@@ -1339,19 +1336,16 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
     queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
     x = (embeddings if n == len(rows) else embeddings[rows]).to(device)  # (M, D)
-
-    def decode(codes: np.ndarray) -> Tensor:
-        return model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
-
+    ids = torch.from_numpy(encoded[rows]).to(device)
     quality = {"items": n, "sampled_items": len(rows), "recall_queries": len(queries), "codebook_size": sizes}
     quality["coherence_of_any_two"] = coherence(x, encoded[rows], 0)
     quality["displaced"] = float((written[:, :levels] != encoded).any(1).mean())
     quality["levels"] = level_statistics(encoded, sizes)
     for level, figures in enumerate(quality["levels"], start=1):  # decoded from the codes down to this one
-        figures["unexplained_variance"] = unexplained_variance(x, decode(encoded[:, :level]))
+        figures["unexplained_variance"] = unexplained_variance(x, model.decode_from_semantic_ids(ids[:, :level]))
         figures["coherence"] = coherence(x, encoded[rows], level)
     for name, codes in (("as_encoded", encoded), ("as_written", written)):
-        decoded = decode(codes)
+        decoded = model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
         figures = {"unexplained_variance": unexplained_variance(x, decoded)}
         quality[name] = code_statistics(codes) | figures | {"recall@10": neighbour_recall(x, decoded, queries)}
     return quality
