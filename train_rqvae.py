@@ -365,7 +365,8 @@ class EmbeddingDataset:
                 fail(path, trouble, "keep one row of each item and run the three scripts again")
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
-            label = pl.coalesce(pl.col(texts).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH))
+            start_of_text = pl.col(texts).str.strip_chars().str.slice(0, LABEL_LENGTH).replace("", None)
+            label = pl.coalesce(start_of_text).str.replace_all(r"[\s\p{C}]+", " ")  # no control characters in terminals
             own, lists = file.slice(first, end - first), pl.col("embedding").cast(pl.List(pl.Float32))
             self.parent_asin, self.labels = names[first:end], own.select(label).collect().to_series()
             dim = file.select(lists.head(1).list.len()).collect().item()
@@ -1381,9 +1382,7 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
         for branch in sorted(branches, key=len, reverse=True)[:EXAMPLE_BRANCHES]:
             if codes.shape[1] > 2:
                 lines.append((f"  {codes[branch[0], 0]}-{codes[branch[0], 1]}-", count(branch)))
-            for row in branch[:EXAMPLE_ITEMS].tolist():
-                label = "".join(letter for letter in " ".join((labels[row] or "").split()) if letter.isprintable())
-                lines.append((f"    {ids[row]}", label))
+            lines += [(f"    {ids[row]}", labels[row]) for row in branch[:EXAMPLE_ITEMS].tolist()]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines)
 
