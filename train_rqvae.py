@@ -267,10 +267,9 @@ def average_gradients(model: nn.Module) -> None:
 
 def gathered(rows: Tensor) -> Tensor:
     """Rows of all processes in their order, on the CPU: (n, ...) -> (N, ...)."""
-    if WORLD == 1:
-        return rows.cpu()
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, rows.cpu())
+    parts = [rows.cpu()] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, rows.cpu())
     return torch.cat(parts)
 
 
