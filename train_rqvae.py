@@ -90,7 +90,6 @@ BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
 WRITABLE = "make room or set the rights there"
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)  # raised for a damaged parquet file
-RECIPE = "model_name", "instruction", "pooling"  # metadata of embed_items.py, on which the vectors depend
 MANY = 10**12
 BOUNDS = {  # (least, most) of the numeric flags; (1, MANY) of those not named here
     "seed": (0, 2**31), "item_embedding_dim": (1, 2**16), "encoder_hidden_dims": (1, 2**16), "ema_decay": (0, 0.999999),
@@ -268,10 +267,9 @@ def average_gradients(model: nn.Module) -> None:
 
 def gathered(rows: Tensor) -> Tensor:
     """Rows of all processes in their order, on the CPU: (n, ...) -> (N, ...)."""
-    if WORLD == 1:
-        return rows.cpu()
-    parts = [None] * WORLD
-    dist.all_gather_object(parts, rows.cpu())
+    parts = [rows.cpu()] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, rows.cpu())
     return torch.cat(parts)
 
 
@@ -325,8 +323,7 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            with fail_on(OSError, path, "cannot be written", WRITABLE):
-                os.replace(temporary[path], path)
+            os.replace(temporary[path], path)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -367,18 +364,18 @@ class EmbeddingDataset:
                 fail(path, trouble, "keep one row of each item and run the three scripts again")
             first, end = n * rank // world, n * (rank + 1) // world
             texts = [name for name in ("title", "item_context", "parent_asin") if schema.get(name) == pl.String]
-            label = pl.coalesce(pl.col(texts).str.strip_chars().replace("", None).str.slice(0, LABEL_LENGTH))
+            start_of_text = pl.col(texts).str.strip_chars().str.slice(0, LABEL_LENGTH).replace("", None)
+            label = pl.coalesce(start_of_text).str.replace_all(r"[\s\p{C}]+", " ")  # no control characters in terminals
             own, lists = file.slice(first, end - first), pl.col("embedding").cast(pl.List(pl.Float32))
             self.parent_asin, self.labels = names[first:end], own.select(label).collect().to_series()
             dim = file.select(lists.head(1).list.len()).collect().item()
             if not dim:
                 fail(path, "the first embedding is null or empty", way_out)
-            vectors, start = np.full((end - first, dim), np.nan, dtype=np.float32), 0
-            for piece in own.select(lists).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
-                column = piece.to_series()
-                fits = (column.list.len() == dim).fill_null(False)
-                vectors[start : start + len(column)][fits] = column.filter(fits).list.to_array(dim).to_numpy()
-                start += len(column)
+            vectors, start = np.empty((end - first, dim), dtype=np.float32), 0
+            rows = pl.when(lists.list.len() == dim).then(lists).list.to_array(dim)  # others become null, and then NaN
+            for piece in own.select(rows).collect_batches(chunk_size=ROWS_READ, maintain_order=True):
+                vectors[start : start + len(piece)] = piece.to_series().to_numpy()
+                start += len(piece)
         wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
         if wrong.any():
             trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
@@ -387,7 +384,7 @@ class EmbeddingDataset:
         contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
         # not CRCs: they are linear, and a sum of them can survive two vectors changing places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
-        recipe = {name: metadata[name] for name in RECIPE if name in metadata}
+        recipe = {name: metadata[name] for name in ("model_name", "instruction", "pooling") if name in metadata}
         self.fingerprint = {"data": checksum, "recipe": recipe}
         self.embeddings = torch.from_numpy(vectors)  # (N, D)
 
@@ -1108,65 +1105,36 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
     return codes
 
 
-def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, sizes: list[int]) -> Iterator[tuple]:
-    """Groups of items with equal first `level` codes, if any next code has more items than there are free IDs below it.
+def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, capacity: int) -> Iterator[tuple]:
+    """Groups of items with equal first `level` codes, if more than `capacity` items and occupied IDs share a next code.
 
-    codes (N, L), occupied (T, L) IDs already given, sizes (L) of the codebooks -> for each group its rows (n), and the
-    number of free IDs below each next code (K).
+    codes (N, L), occupied (T, L) IDs already given -> for each group its rows (n), and the next codes taken (t).
     """
     n, all_ids = len(codes), np.concatenate([codes, occupied])
-    capacity = min(len(all_ids), math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
     for group in group_rows(prefix_keys(all_ids, level)):
-        if np.bincount(all_ids[group, level]).max() > capacity:
-            taken = all_ids[group[group >= n], level]
-            yield group[group < n], capacity - np.bincount(taken, minlength=sizes[level])
+        if group[0] < n and np.bincount(all_ids[group, level]).max() > capacity:
+            yield group[group < n], all_ids[group[group >= n], level]
 
 
 @torch.inference_mode()
-def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, groups: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """For rows (n) with one prefix, a group at a time: mean square errors against every ID below the prefix, (n, K).
+def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.ndarray, capacity: int) -> Iterator:
+    """For each crowded group of the last level its rows (n), free codes (F), and mean square errors with them (n, F).
 
     x (N, D) as stored, codes (N, L). Decodes the IDs of several groups at once, for speed.
     """
     device, size = model.input_mean.device, model.config.codebook_size[-1]
+    groups = list(crowded_groups(codes, occupied, codes.shape[1] - 1, capacity))
     step = chunk_rows(device, size)
     for some in (groups[start : start + step] for start in range(0, len(groups), step)):
-        ids = torch.from_numpy(codes[[rows[0] for rows in some]]).unsqueeze(1).repeat(1, size, 1)  # (G, K, L)
+        members = [rows for rows, _ in some]
+        ids = torch.from_numpy(codes[[rows[0] for rows in members]]).unsqueeze(1).repeat(1, size, 1)  # (G, K, L)
         ids[..., -1] = torch.arange(size)
-        targets = model.standardise(x[np.concatenate(some)].to(device)).split([len(rows) for rows in some])
-        for target, decoded in zip(targets, model.decode(model.decode_levels(ids.to(device))), strict=True):
-            errors = code_distances(target, decoded) + target.square().sum(1, keepdim=True)
-            yield (errors / x.shape[1]).cpu().numpy()
-
-
-def assign_distinct(
-    model: RQVAE, x: Tensor, latents: np.ndarray, codes: np.ndarray, occupied: np.ndarray
-) -> np.ndarray:
-    """Distinct IDs of the same length, none in occupied (T, L): x (N, D), latents (N, E), codes (N, L) -> IDs (N, L).
-
-    From the first level down, a prefix with more items than free IDs below it gives some to the nearest code with
-    room. At the last level, the items of a prefix get different codes at the least total error
-    (scipy.optimize.linear_sum_assignment). Only items below crowded prefixes change. Needs as many IDs as N + T.
-    """
-    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
-    codes, sizes, last = codes.copy(), model.config.codebook_size, len(codebooks) - 1
-    assert len(codes) + len(occupied) <= math.prod(sizes), "more items than IDs"
-    for level in range(last):
-        for rows, room in crowded_groups(codes, occupied, level, sizes):
-            left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
-            target = spill(codes[rows, level], left, codebooks[level], room)
-            moved = target != codes[rows, level]
-            rows, left = rows[moved], left[moved]
-            codes[rows, level] = target[moved]
-            for below in range(level + 1, last + 1):
-                left = left - codebooks[below - 1][codes[rows, below - 1]]
-                codes[rows, below] = cdist(left, codebooks[below]).argmin(1)
-    groups = list(crowded_groups(codes, occupied, last, sizes))
-    errors = last_code_errors(model, x, codes, [rows for rows, _ in groups])
-    for (rows, room), cost in zip(groups, errors, strict=True):
-        free = np.flatnonzero(room)
-        codes[rows, -1] = free[linear_sum_assignment(cost[:, free])[1]]
-    return codes
+        targets = model.standardise(x[np.concatenate(members)].to(device)).split([len(rows) for rows in members])
+        decoded = model.decode(model.decode_levels(ids.to(device)))  # (G, K, D)
+        for (rows, taken), target, vectors in zip(some, targets, decoded, strict=True):
+            errors = (code_distances(target, vectors) + target.square().sum(1, keepdim=True)) / x.shape[1]
+            free = np.setdiff1d(np.arange(size), taken)
+            yield rows, free, errors.cpu().numpy()[:, free]
 
 
 def add_suffix(codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
@@ -1193,10 +1161,31 @@ def decoded_errors(model: RQVAE, x: Tensor, codes: np.ndarray) -> np.ndarray:
 def make_distinct(
     model: RQVAE, x: Tensor, latents: np.ndarray, codes: np.ndarray, collisions: str, occupied: np.ndarray
 ) -> np.ndarray:
-    """IDs of x (N, D) with latents (N, E) and codes (N, L), none of them in occupied: (N, L), with a suffix L + 1."""
-    if collisions == "assign":
-        return assign_distinct(model, x, latents, codes, occupied)
-    return add_suffix(codes, occupied) if collisions == "suffix" else codes
+    """IDs of x (N, D) with latents (N, E) and codes (N, L), none of them in occupied: (N, L), with a suffix L + 1.
+
+    To assign: from the first level down, a prefix with more items than free IDs below it gives some to the nearest code
+    with room. At the last level, the items of a prefix get different codes at the least total error
+    (scipy.optimize.linear_sum_assignment). Only items below crowded prefixes change. Needs IDs for all, occupied too.
+    """
+    if collisions != "assign":
+        return add_suffix(codes, occupied) if collisions == "suffix" else codes
+    codebooks = [quantizer.codebook.detach().cpu().double().numpy() for quantizer in model.quantizers]
+    codes, sizes, n = codes.copy(), model.config.codebook_size, len(codes) + len(occupied)
+    assert n <= math.prod(sizes), "more items than IDs"
+    for level in range(len(sizes) - 1):
+        capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
+        for rows, taken in crowded_groups(codes, occupied, level, capacity):
+            room = capacity - np.bincount(taken, minlength=sizes[level])
+            left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
+            target = spill(codes[rows, level], left, codebooks[level], room)
+            moved = target != codes[rows, level]
+            codes[rows, level] = target
+            for below in range(level + 1, len(sizes)):
+                left = left - codebooks[below - 1][codes[rows, below - 1]]
+                codes[rows[moved], below] = cdist(left[moved], codebooks[below]).argmin(1)
+    for rows, free, errors in last_code_errors(model, x, codes, occupied, capacity=1):
+        codes[rows, -1] = free[linear_sum_assignment(errors)[1]]
+    return codes
 
 
 # ---------------------------------------------------------------- keeping the IDs of an earlier export
@@ -1213,38 +1202,22 @@ class PreviousIDs(NamedTuple):
 def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, model_hash: str) -> PreviousIDs:
     """The export that --keep_ids names, for items with these names; ends the run if it is unfit."""
     path, way_out = Path(config.keep_ids), "name another export, or leave --keep_ids out for new IDs"
-    width, levels = len(sizes) + (config.collisions == "suffix"), len(sizes)
+    width = len(sizes) + (config.collisions == "suffix")
     columns = [f"semantic_id_{level}" for level in range(width)]
-    trouble = "damaged, saved again by another program, or not an export with distinct IDs"
+    trouble = "damaged, saved again by another program, or not an export"
     with fail_on((*UNREADABLE, LookupError, ValueError, TypeError), path, trouble, way_out):
         metadata = pl.read_parquet_metadata(path)
         if metadata["model"] != model_hash:
             fail(path, "made with another model, so that its IDs mean other things", way_out)
-        if metadata["collisions"] != config.collisions:
-            fail(path, f"made with --collisions {metadata['collisions']}", "give the same, or name another export")
+        if metadata["collisions"] != config.collisions or config.collisions == "keep":
+            trouble = f"made with --collisions {metadata['collisions']}"
+            fail(path, trouble, "give the same, assign or suffix, or name another export")
         table = pl.read_parquet(path, glob=False).select("parent_asin", pl.col(columns).cast(pl.Int64))
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
-        every = np.concatenate([table.select(columns).to_numpy(), retired])
-        in_range = every.min() >= 0 and (every[:, :levels] < sizes).all()
-        once = len(np.unique(every, axis=0)) == len(every) and table["parent_asin"].is_unique().all()
-        if config.collisions == "keep" or not in_range or not once:
-            raise ValueError("items may share IDs, occur twice, or have IDs out of range")
-    now = names.to_frame("parent_asin")
-    ids = now.join(table, on="parent_asin", how="left", maintain_order="left").select(pl.col(columns).fill_null(-1))
-    vanished = table.join(now, on="parent_asin", how="anti", maintain_order="left").select(columns)
-    return PreviousIDs(ids.to_numpy(), vanished.to_numpy(), retired)
-
-
-def best_free_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """Least error of a free ID below each item's prefix: x (N, D), codes (N, L), occupied (T, L) -> (N)."""
-    n, last, best = len(codes), codes.shape[1] - 1, np.full(len(codes), np.inf)
-    keys = prefix_keys(np.concatenate([codes, occupied]), last)
-    taken = {keys[n + group[0]]: occupied[group, last] for group in group_rows(keys[n:])}
-    groups = group_rows(keys[:n])
-    for rows, errors in zip(groups, last_code_errors(model, x, codes, groups), strict=True):
-        errors[:, taken.get(keys[rows[0]], [])] = np.inf
-        best[rows] = errors.min(1)
-    return best
+        now = names.to_frame("parent_asin")
+        ids = now.join(table, on="parent_asin", how="left", maintain_order="left", validate="1:1").fill_null(-1)
+        vanished = table.join(now, on="parent_asin", how="anti", maintain_order="left")
+    return PreviousIDs(ids.select(columns).to_numpy(), vanished.select(columns).to_numpy(), retired)
 
 
 def is_clearly_better(errors: np.ndarray, old_errors: np.ndarray) -> np.ndarray:
@@ -1270,7 +1243,10 @@ def keep_or_assign(
     rows = np.flatnonzero(~is_new & (ids[:, :levels] != codes).any(1))
     old_errors = decoded_errors(model, x[rows], ids[rows])
     if not has_suffix:
-        may_move = is_clearly_better(best_free_errors(model, x[rows], codes[rows], occupied), old_errors)
+        best = np.full(len(rows), np.inf)  # least errors of the free IDs below each encoded prefix
+        for group, _, errors in last_code_errors(model, x[rows], codes[rows], occupied, capacity=0):
+            best[group] = errors.min(1, initial=np.inf)
+        may_move = is_clearly_better(best, old_errors)
         rows, old_errors = rows[may_move], old_errors[may_move]
     if is_new.sum() + len(rows) <= free:  # otherwise none moves, and the new items get the free IDs
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
@@ -1335,8 +1311,7 @@ def coherence(x: Tensor, codes: np.ndarray, level: int) -> float | None:
     keys = torch.from_numpy(prefix_keys(codes, level)).to(x.device)
     sizes = keys.bincount()  # (groups)
     sums = torch.zeros(len(sizes), x.shape[1], device=x.device)
-    for part, part_keys in zip(x.split(ROWS_READ), keys.split(ROWS_READ), strict=True):
-        sums.index_add_(0, part_keys, F.normalize(part))
+    sums.index_add_(0, keys, F.normalize(x))
     shared = sizes > 1
     weighted = (sums.norm(dim=1).square() - sizes) / (sizes - 1)  # (groups) size times the mean over pairs
     return (weighted[shared].sum() / sizes[shared].sum()).item() if shared.any() else None
@@ -1349,19 +1324,16 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
     rows = torch.randperm(n, generator=generator)[:QUALITY_ROWS].sort().values.numpy()
     queries = torch.randperm(len(rows), generator=generator)[:RECALL_QUERIES].to(device)
     x = (embeddings if n == len(rows) else embeddings[rows]).to(device)  # (M, D)
-
-    def decode(codes: np.ndarray) -> Tensor:
-        return model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
-
+    ids = torch.from_numpy(encoded[rows]).to(device)
     quality = {"items": n, "sampled_items": len(rows), "recall_queries": len(queries), "codebook_size": sizes}
     quality["coherence_of_any_two"] = coherence(x, encoded[rows], 0)
     quality["displaced"] = float((written[:, :levels] != encoded).any(1).mean())
     quality["levels"] = level_statistics(encoded, sizes)
     for level, figures in enumerate(quality["levels"], start=1):  # decoded from the codes down to this one
-        figures["unexplained_variance"] = unexplained_variance(x, decode(encoded[:, :level]))
+        figures["unexplained_variance"] = unexplained_variance(x, model.decode_from_semantic_ids(ids[:, :level]))
         figures["coherence"] = coherence(x, encoded[rows], level)
     for name, codes in (("as_encoded", encoded), ("as_written", written)):
-        decoded = decode(codes)
+        decoded = model.decode_from_semantic_ids(torch.from_numpy(codes[rows]).to(device))
         figures = {"unexplained_variance": unexplained_variance(x, decoded)}
         quality[name] = code_statistics(codes) | figures | {"recall@10": neighbour_recall(x, decoded, queries)}
     return quality
@@ -1370,16 +1342,17 @@ def measure_quality(model: RQVAE, embeddings: Tensor, encoded: np.ndarray, writt
 # ---------------------------------------------------------------- report
 
 
-def bar_chart(counts: list[int]) -> str:
+def bar_chart(counts: pl.Series) -> str:
     """Items a code, from the most common code to the rarest; each bar is the mean of some codes: counts (K)."""
     columns = [part.mean() for part in np.array_split(np.sort(counts)[::-1], min(BAR_COLUMNS, len(counts)))]
-    return "".join(BARS[math.ceil(column / columns[0] * (len(BARS) - 1))] for column in columns)
+    bars = "".join(BARS[math.ceil(column / columns[0] * (len(BARS) - 1))] for column in columns)
+    return f"{counts.max()} {bars} {counts.min()}"
 
 
-def print_table(rows: list[dict]) -> None:
+def print_table(table: pl.DataFrame) -> None:
     plain = {"tbl_hide_dataframe_shape": True, "tbl_hide_column_data_types": True, "tbl_formatting": "NOTHING"}
     with pl.Config(**plain, tbl_rows=-1, tbl_cols=-1, tbl_width_chars=1000, fmt_str_lengths=200, float_precision=4):
-        print(pl.DataFrame(rows))
+        print(table)
 
 
 def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
@@ -1396,9 +1369,7 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
         for branch in sorted(branches, key=len, reverse=True)[:EXAMPLE_BRANCHES]:
             if codes.shape[1] > 2:
                 lines.append((f"  {codes[branch[0], 0]}-{codes[branch[0], 1]}-", count(branch)))
-            for row in branch[:EXAMPLE_ITEMS].tolist():
-                label = "".join(letter for letter in " ".join((labels[row] or "").split()) if letter.isprintable())
-                lines.append((f"    {ids[row]}", label))
+            lines += [(f"    {ids[row]}", labels[row]) for row in branch[:EXAMPLE_ITEMS].tolist()]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in lines)
 
@@ -1406,16 +1377,13 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
 def print_report(quality: dict, tree: str) -> None:
     items, sampled, queries = quality["items"], quality["sampled_items"], quality["recall_queries"]
     print(f"\n{items:,} items, codebooks of {' × '.join(map(str, quality['codebook_size']))} codes")
-    rows = []
-    for i, level in enumerate(quality["levels"]):
-        counts = level["items_per_code"]
-        rows.append({"level": i} | level | {"items_per_code": f"{max(counts)} {bar_chart(counts)} {min(counts)}"})
-    print_table(rows)
+    levels = pl.DataFrame(quality["levels"]).with_row_index("level")
+    print_table(levels.with_columns(pl.col("items_per_code").map_elements(bar_chart, pl.String)))
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
     any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
     print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
-    print_table([{"IDs": name} | quality[key] for key, name in names.items()])
+    print_table(pl.DataFrame([{"IDs": name} | quality[key] for key, name in names.items()]))
     sample = f"; figures that need vectors are of a sample of {sampled:,}" if sampled < items else ""
     print(f"recall@10 is of {queries:,} items{sample}")
     displaced, norm = quality["displaced"], quality["residual_norm"]
