@@ -384,7 +384,7 @@ def check_tokens(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) ->
 
 @torch.inference_mode()
 def read_prefix(model: PreTrainedModel, tokens: Tokens, config: EmbedConfig) -> Cache | None:
-    """Keys and values of the tokens that all items start with; None if fewer than MIN_PREFIX or not a causal model."""
+    """Keys and values of the tokens that all items start with; None if fewer than MIN_PREFIX or not reusable."""
     size, most = 0, tokens.lengths.min() - 1  # at least one token is left of each item
     while size < most and (tokens.ids[tokens.starts + size] == tokens.ids[size]).all():
         size += 1
@@ -522,7 +522,6 @@ def main(argv: list[str] | None = None) -> None:
     device = choose_device(config.device)
     keep_freed_memory()
     if WORLD > 1:
-        print0(f"waiting for {WORLD} processes", flush=True)
         # gloo, also on GPUs: only lists of batches are sent, the vectors go through files
         dist.init_process_group("gloo", timeout=timedelta(days=1))
 
@@ -539,7 +538,7 @@ def main(argv: list[str] | None = None) -> None:
         config.pooling, why = choose_pooling(config)  # after load_model: without a network its error is the clearer one
         check_tokens(model, tokens, config)
         prefix, config.target_dim = check_vectors(model, tokens, config)
-        print0(f"device {device}, dtype {config.dtype}, pooling {config.pooling} ({why})")
+        print0(f"device {device} (--device {config.device}), dtype {config.dtype}, pooling {config.pooling} ({why})")
         print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
         # `recipe` is what a vector depends on, `metadata` what the whole output depends on
         recipe = {
@@ -569,7 +568,7 @@ def main(argv: list[str] | None = None) -> None:
                 other = [name for name in recipe if earlier.get(name) != recipe[name]]
                 rows = first[~reuse(config, store, other, hashes, first)]
             batches = batches_by_length(np.sort(rows), tokens.lengths, config.tokens_per_batch)
-            # an unfinished batch is embedded again as a whole: in a smaller one, a text would get slightly other bits
+            # an unfinished batch is embedded again as a whole, because the last bits of a vector depend on its batch
             left = [[batch for batch in batches if not is_unit(store.read(batch)).all()]]
             size = sum(map(len, left[0]))
             print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")

@@ -94,7 +94,7 @@ def read_catalogue(path: Path) -> pl.DataFrame:
 
 
 def fingerprint(catalogue: pl.DataFrame) -> str:
-    """SHA-256 over parent_asin and item_context in row order: 64 hex digits, the same in embed_items.py."""
+    """SHA-256 over parent_asin and item_context in row order: 64 hex digits. embed_items.py computes the same."""
     digest = hashlib.sha256()
     for rows in catalogue.select("parent_asin", "item_context").iter_slices():
         digest.update(rows.write_ndjson().encode())  # a line for each row, however the rows are cut into slices

@@ -8,9 +8,7 @@ Writes  checkpoints/rqvae/{checkpoint_step_N,best_model,final_model}.pth
     python train_rqvae.py --category Video_Games                                    # 20,000 epochs, for a GPU
     python train_rqvae.py --category Video_Games --batch_size 1024 --max_steps 1500 --max_lr 1e-2  # thousands of items
     python train_rqvae.py --category Video_Games --resume                           # go on after a stop
-    python train_rqvae.py --category Video_Games --export_only                      # IDs from best_model.pth
-    python train_rqvae.py --category Video_Games --export_only \\
-        --keep_ids data/output/Video_Games_semantic_ids.parquet     # the same, and known items keep their IDs
+    python train_rqvae.py --category Video_Games --export_only                      # IDs of best_model.pth
     torchrun --nproc_per_node=8 train_rqvae.py --category Video_Games               # on eight GPUs
 
 Papers: TIGER (Rajput et al., arXiv:2305.05065, section 3.1); residual quantizer (Lee et al., arXiv:2203.01941).
@@ -230,24 +228,19 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
 # ---------------------------------------------------------------- processes and devices
 
 
-def start_processes(config: RQVAEConfig) -> tuple[torch.device, str]:
-    """The device of this process and the reason for it; under torchrun, also joins the other processes."""
+def start_processes(config: RQVAEConfig) -> torch.device:
+    """Choose the device of this process; under torchrun, join the other processes."""
     has_mps = torch.backends.mps.is_available() and WORLD == 1  # processes cannot communicate there
     available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
-    name, reason = config.device, "asked for"
-    if name == "auto":
-        name, reason = next(kind for kind, is_there in available.items() if is_there), "the best one here"
+    name = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
     if not available[name]:
         fail(f"--device {config.device}", "there is none here", "use --device auto")
-    if WORLD == 1:
-        return torch.device(name), reason
     if name == "cuda":
         torch.cuda.set_device(LOCAL_RANK)
-    if LOCAL_RANK == 0:
-        print(f"waiting for {WORLD} processes at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", flush=True)
-    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # k-means runs on rank 0 alone and may take long
-    return torch.device(name, LOCAL_RANK if name == "cuda" else None), f"{reason}; {WORLD} processes"
+    if WORLD > 1:
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # k-means runs on rank 0 alone and may take long
+    return torch.device(name, LOCAL_RANK if name == "cuda" else None)
 
 
 def all_sum(values: Tensor) -> Tensor:
@@ -599,7 +592,6 @@ class RQVAE(nn.Module):
         """Sum of the codes of IDs or of their first levels; a suffix is left out: ids (..., l) -> (..., E)."""
         return sum(quantizer.codebook[codes] for quantizer, codes in zip(self.quantizers, ids.unbind(-1), strict=False))
 
-    @torch.no_grad()
     def encode_to_semantic_ids(self, x: Tensor, search_width: int = SEARCH_WIDTH) -> Tensor:
         """Codes of embeddings as stored: x (B, D) -> (B, L) int64, by `search`. Similar items may get equal codes."""
         return encode_catalogue(self, x, search_width)[1]
@@ -636,7 +628,7 @@ def rescale_latents(model: RQVAE, latents: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int) -> None:
+def init_codebooks(model: RQVAE, latents: Tensor, items_per_step: int) -> None:
     """k-means of each level's residuals, one level after the other: latents (M, E)."""
     residuals = latents
     for level, quantizer in enumerate(model.quantizers):
@@ -645,12 +637,12 @@ def init_codebooks(model: RQVAE, latents: Tensor, rows_per_step: int) -> None:
         quantizer.codebook.copy_(torch.from_numpy(kmeans.cluster_centers_))
         if model.config.use_ema_vq:
             share = np.bincount(kmeans.labels_, minlength=size) / len(residuals)  # (K)
-            quantizer.ema_counts.copy_(torch.from_numpy(share * rows_per_step))
+            quantizer.ema_counts.copy_(torch.from_numpy(share * items_per_step))
         residuals = residuals - quantizer(residuals).vectors
 
 
 @torch.no_grad()
-def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_step: int) -> None:
+def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, items_per_step: int) -> None:
     """End the autoencoder training: k-means of the latents of `rows` of embeddings (N, D), from all processes."""
     parts = rows.split(chunk_rows(embeddings.device, 1))
     latents = torch.cat([model.encode(model.standardise(embeddings[part])) for part in parts])
@@ -658,7 +650,7 @@ def start_quantizing(model: RQVAE, embeddings: Tensor, rows: Tensor, rows_per_st
     if not latents.isfinite().all():
         raise SystemExit("error: latents became NaN or infinite; train again with a lower --max_lr and --overwrite")
     if RANK == 0:  # changes the MLPs and the codebooks here; the others get copies
-        init_codebooks(model, rescale_latents(model, latents), rows_per_step)
+        init_codebooks(model, rescale_latents(model, latents), items_per_step)
     copy_from_rank_0(model)
 
 
@@ -727,7 +719,7 @@ def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
 
 @torch.inference_mode()
 def validate(model: RQVAE, embeddings: Tensor, val_rows: Tensor) -> dict[str, float]:
-    """Losses of val_rows (V), held out, and code statistics of all embeddings (N, D); searched as in training."""
+    """Losses of val_rows (V), held out, and code statistics of all embeddings (N, D); codes are searched."""
     model.eval()
     terms = torch.zeros(3, device=embeddings.device)
     for rows in val_rows.split(chunk_rows(embeddings.device, TRAINING_SEARCH_WIDTH)):
@@ -816,7 +808,7 @@ def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> di
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Seed of the random numbers of a step in this process, so that a resume needs no saved generator."""
+    """Seed of the random numbers of a step or an epoch in this process, so that a resume needs no saved generator."""
     return hash((seed, step, RANK)) % 2**63
 
 
@@ -1037,8 +1029,8 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
             is_quantizing = step > state.autoencoder_steps
-            width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
-            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width if is_quantizing else 0)
+            width = 0 if not is_quantizing else 1 if step <= SEARCH_FROM * total else TRAINING_SEARCH_WIDTH
+            terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
                 state.usage += all_sum(torch.zeros_like(state.usage).scatter_add_(1, codes.T, ones))
@@ -1106,7 +1098,7 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
 
 
 def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, capacity: int) -> Iterator[tuple]:
-    """Groups of items with equal first `level` codes, if more than `capacity` items and occupied IDs share a next code.
+    """Groups of items with equal first `level` codes, if a next code has more than `capacity` items and occupied IDs.
 
     codes (N, L), occupied (T, L) IDs already given -> for each group its rows (n), and the next codes taken (t).
     """
@@ -1275,14 +1267,12 @@ def keeping_quality(model: RQVAE, x: Tensor, ids: np.ndarray, previous: Previous
 # ---------------------------------------------------------------- quality of the IDs
 
 
-@torch.inference_mode()
 def unexplained_variance(x: Tensor, decoded: Tensor) -> float:
     """sum |x - x^|^2 / sum |x - mean|^2 of x, decoded (N, D)."""
     spread = x.var(0, correction=0).sum().clamp_min(TINY)
     return (F.mse_loss(decoded, x, reduction="sum") / len(x) / spread).item()
 
 
-@torch.inference_mode()
 def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float:
     """Share of the NEIGHBOURS nearest reconstructions, by cosine, that belong to true neighbours.
 
@@ -1301,7 +1291,6 @@ def neighbour_recall(x: Tensor, decoded: Tensor, queries: Tensor) -> float:
     return torch.cat(hits).float().mean().item()
 
 
-@torch.inference_mode()
 def coherence(x: Tensor, codes: np.ndarray, level: int) -> float | None:
     """Mean cosine of two items that share their first `level` codes, of any two at 0: x (N, D), codes (N, L).
 
@@ -1375,17 +1364,15 @@ def example_tree(codes: np.ndarray, ids: pl.Series, labels: pl.Series) -> str:
 
 
 def print_report(quality: dict, tree: str) -> None:
-    items, sampled, queries = quality["items"], quality["sampled_items"], quality["recall_queries"]
-    print(f"\n{items:,} items, codebooks of {' × '.join(map(str, quality['codebook_size']))} codes")
+    print(f"\n{quality['items']:,} items, codebooks of {' × '.join(map(str, quality['codebook_size']))} codes")
     levels = pl.DataFrame(quality["levels"]).with_row_index("level")
     print_table(levels.with_columns(pl.col("items_per_code").map_elements(bar_chart, pl.String)))
     print("unexplained variance: what is lost when items are rebuilt from the codes down to that level")
-    any_two = 1 if quality["coherence_of_any_two"] is None else quality["coherence_of_any_two"]
+    any_two = quality["coherence_of_any_two"] or 1  # None for a single item
     print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
     print_table(pl.DataFrame([{"IDs": name} | quality[key] for key, name in names.items()]))
-    sample = f"; figures that need vectors are of a sample of {sampled:,}" if sampled < items else ""
-    print(f"recall@10 is of {queries:,} items{sample}")
+    print("recall@10 is of {recall_queries:,} items, other figures of vectors of {sampled_items:,}".format_map(quality))
     displaced, norm = quality["displaced"], quality["residual_norm"]
     print(f"{displaced:.2%} of the items have other codes than as encoded; mean norm of the last residual {norm:.3f}")
     if keeping := quality.get("keep_ids"):
@@ -1397,7 +1384,7 @@ def print_report(quality: dict, tree: str) -> None:
         if loss > RETRAIN_RATIO * held_out:
             trouble = f"reconstruction loss {loss:.3f} of the new and moved items, {held_out:.3f} of the held-out ones"
             warn(f"the model no longer fits this catalogue ({trouble}): train again")
-    if items in FEW_ITEMS and len(quality["codebook_size"]) > 2:
+    if quality["items"] in FEW_ITEMS and len(quality["codebook_size"]) > 2:
         flags = "--codebook_size 1024 1024 --collisions suffix"
         print(f"\non so few items, if each has many interactions, a recommender does better with {flags}: see README")
     print(f"\nsome prefixes and their items:\n{tree}")
@@ -1543,10 +1530,10 @@ def main(argv: list[str] | None = None) -> int:
         fail(config.best_path, "no such file", "train first, or name another --checkpoint_dir")
     if config.keep_ids is not None and not Path(config.keep_ids).is_file():
         fail(config.keep_ids, "no such file for --keep_ids", "name an earlier export, or leave it out for new IDs")
-    device, reason = start_processes(config)
+    device = start_processes(config)
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
-    print0(f"device {device} ({reason})")
+    print0(f"device {device} (--device {config.device}), processes: {WORLD}")
     paths = [config.ids_path] if config.export_only else [config.ids_path, config.best_path]
     if RANK == 0:
         _locks = [lock(path) for path in paths]  # closed, and so released, at the end of this function
@@ -1558,7 +1545,7 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
     # model
-    run, resumed, is_trained = None, None, config.export_only
+    run, resumed, is_trained, is_complete = None, None, config.export_only, False
     if config.item_embedding_dim not in (None, dim):
         fail(f"--item_embedding_dim {config.item_embedding_dim}", f"{config.source} has {dim}", "leave the flag out")
     config.item_embedding_dim = dim
@@ -1570,20 +1557,21 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        with suppress(ValueError, LookupError, *UNREADABLE):  # of files that are missing, damaged or of another run
+        with suppress(ValueError, LookupError, *UNREADABLE):  # up to a file that is missing, damaged or of another run
             final = read_own_checkpoint(config.final_path, config, fingerprint, plan.total_steps)
             read_own_checkpoint(config.best_path, config, fingerprint, plan.total_steps)
             is_trained = final["step"] == plan.total_steps and not config.overwrite
-            exported = pl.read_parquet_metadata(config.ids_path)  # with or without --keep_ids
+            exported = pl.read_parquet_metadata(config.ids_path)  # IDs that --keep_ids kept count, too
             is_exported = provenance(config, dataset).items() <= exported.items() and config.quality_path.exists()
-            if is_trained and is_exported:
-                print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
-                return 0
+            is_complete = is_trained and is_exported
         resumed = find_resumed(config, fingerprint, plan.total_steps) if config.resume and not is_trained else None
     check_outputs(config, n, from_start=not (is_trained or resumed))
-    seen = torch.tensor([resumed["step"] if resumed else 0, is_trained])
+    seen = torch.tensor([resumed["step"] if resumed else 0, is_trained, is_complete])
     if not all_sum(seen.clone()).equal(seen * WORLD):  # another machine has another folder
         fail(config.checkpoints, "not the same for all processes", "put it on a shared file system")
+    if is_complete:
+        print0(f"{config.final_path} and {config.ids_path} are complete; --overwrite trains again")
+        return 0
     if not is_trained:
         run = start_wandb(config, resumed and resumed["wandb_run_id"]) if RANK == 0 else None
         if not train(config, dataset.embeddings.to(device), plan, fingerprint, resumed, run):
@@ -1598,7 +1586,7 @@ def main(argv: list[str] | None = None) -> int:
     if not config.export_only:
         model = load_model(config.best_path)
         if (step := model.metrics["step"]) < plan.total_steps / 2:
-            warn(f"the best model is of step {step:,} of {plan.total_steps:,}, the later ones overfit: see README")
+            warn(f"the best model is of step {step:,} of {plan.total_steps:,}: README has flags for such a catalogue")
     quality = export(model.to(device), dataset, config)
     if run:
         finish_wandb(run, model, quality, config)

@@ -476,7 +476,7 @@ def test_sampled_figures_say_so(copy, capsys, monkeypatch):
     assert quality_of(copy)["sampled_items"] == N
     monkeypatch.setattr(train_rqvae, "QUALITY_ROWS", 100)
     run(copy, "--export_only")
-    assert "of a sample of 100" in capsys.readouterr().out
+    assert "other figures of vectors of 100" in capsys.readouterr().out
     assert quality_of(copy)["sampled_items"] == 100
 
 
@@ -950,7 +950,7 @@ def test_losses_are_logged_at_their_intervals(folder, recorder):
 
 
 def test_summary_names_device_sizes_steps_and_every_setting(watched):
-    assert "device cpu (asked for)" in watched.text
+    assert "device cpu (--device cpu), processes: 1" in watched.text
     assert "wandb sync" not in watched.text  # that is for offline runs
     assert f"{N} items of {DIM} dimensions from {SOURCE}" in watched.text
     assert re.search(r"^30 items to validate on, 64 items a step$", watched.text, flags=re.MULTILINE)

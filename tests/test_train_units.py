@@ -57,7 +57,7 @@ def started_model(x: Tensor, **changes) -> RQVAE:
     """A model whose codebooks come from k-means, as in training."""
     model, rows = RQVAE(tiny_config(**changes)), torch.arange(len(x))
     train_rqvae.fit_standardisation(model, x, rows)
-    train_rqvae.start_quantizing(model, x, rows, rows_per_step=64)
+    train_rqvae.start_quantizing(model, x, rows, items_per_step=64)
     return model
 
 
@@ -419,7 +419,7 @@ def test_latents_that_differ_by_rounding_alone_are_not_blown_up():
 def test_codebooks_start_at_the_k_means_centres_of_each_levels_residuals(ema):
     sizes, latents = [12, 8, 5], torch.randn(200, LATENT)
     model = RQVAE(tiny_config(use_ema_vq=ema, seed=5, codebook_size=sizes))
-    train_rqvae.init_codebooks(model, latents, rows_per_step=64)
+    train_rqvae.init_codebooks(model, latents, items_per_step=64)
     left = latents.numpy()
     for level, (quantizer, size) in enumerate(zip(model.quantizers, sizes, strict=True)):
         kmeans = KMeans(size, n_init=1, random_state=5 + level).fit(left)
@@ -439,7 +439,7 @@ def test_start_of_quantizing_keeps_the_function_and_uses_every_code(x):
     train_rqvae.fit_standardisation(model, x, rows)
     inside = model.standardise(x)
     before = model.encode(inside), model.decode(model.encode(inside))
-    train_rqvae.start_quantizing(model, x, rows, rows_per_step=64)
+    train_rqvae.start_quantizing(model, x, rows, items_per_step=64)
     latents = model.encode(inside)
     assert torch.allclose(model.decode(latents), before[1], atol=1e-4)
     assert latents.std().item() == pytest.approx(1, rel=1e-3)
