@@ -95,7 +95,7 @@ class EmbedConfig:
 
     def path(self, file: str) -> Path:
         """Path of TOKENS, CATALOGUE or OUTPUT."""
-        return Path(self.data_dir, f"{self.category}_{file}").expanduser()
+        return Path(os.path.expanduser(self.data_dir), f"{self.category}_{file}")
 
 
 def fail(what: str | Path, trouble: str, way_out: str) -> NoReturn:
@@ -587,6 +587,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         main()
     except KeyboardInterrupt:

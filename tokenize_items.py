@@ -78,7 +78,7 @@ def read_catalogue(path: Path) -> pl.DataFrame:
         with open(path, "rb") as file:  # polars would also read a folder
             catalogue = pl.read_parquet(file, columns=["parent_asin", "item_context"])
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        fail(path, f"cannot be read ({error})", way_out)
+        fail(path, f"cannot be read ({str(error).splitlines()[0]})", way_out)
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
     checks = {}
@@ -129,7 +129,7 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
                 print(f"warning: {config.model_name}/{name}: {trouble}", file=sys.stderr)
             continue
         declared |= json.loads(Path(file).read_text("utf-8"))
-    length, prompts = declared.get("max_seq_length"), declared.get("prompts") or {}
+    length, prompts = int(declared.get("max_seq_length") or 0), declared.get("prompts") or {}
     limit = tokenizer.model_max_length  # 10**30 where there is none
     config.max_length = min(config.max_length or min(length or MAX_LENGTH, MAX_LENGTH), limit)
     reads = f"at most {limit}" if limit < 10**9 else "any length"
@@ -224,4 +224,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     main()

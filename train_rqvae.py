@@ -1205,6 +1205,8 @@ def read_previous(config: RQVAEConfig, sizes: list[int], names: pl.Series, model
             trouble = f"made with --collisions {metadata['collisions']}"
             fail(path, trouble, "give the same, assign or suffix, or name another export")
         table = pl.read_parquet(path, glob=False).select("parent_asin", pl.col(columns).cast(pl.Int64))
+        if not (table.select(columns).to_numpy() >= 0).all():
+            raise ValueError("null or negative codes")
         retired = np.frombuffer(bytes.fromhex(metadata["retired"]), "<i4").reshape(-1, width).astype(np.int64)
         now = names.to_frame("parent_asin")
         ids = now.join(table, on="parent_asin", how="left", maintain_order="left", validate="1:1").fill_null(-1)

@@ -428,7 +428,10 @@ def test_an_export_of_another_model_is_refused(folder, trained_roomy, refused_ex
     assert "made with another model" in refused_export(folder, keep_ids=ids_path(trained_roomy))
 
 
-@pytest.mark.parametrize("kind", ["a column lost", "one name", "retired cut", "no metadata", "no parquet", "empty"])
+KINDS = "lost column", "one name", "negative code", "null code", "retired cut", "no metadata", "no parquet", "empty"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_is_no_export_is_refused(folder, refused_export, kind):
     path = ids_path(folder)
     metadata, table = pl.read_parquet_metadata(path), pl.read_parquet(path)
@@ -437,8 +440,12 @@ def test_a_file_that_is_no_export_is_refused(folder, refused_export, kind):
         metadata["retired"] = "000000"
     if kind == "no metadata":  # as after another program has saved the table
         metadata = {}
-    if kind == "a column lost":
+    if kind == "lost column":
         table = table.drop("semantic_id_1")
+    if kind == "negative code":
+        table = table.with_columns(pl.col("semantic_id_2") - SIZE)
+    if kind == "null code":
+        table = table.with_columns(pl.col("semantic_id_0").replace(0, None))
     if kind == "one name":
         table = table.with_columns(pl.col("parent_asin").first())
     table.write_parquet(path, metadata=metadata)
