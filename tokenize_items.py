@@ -78,7 +78,8 @@ def read_catalogue(path: Path) -> pl.DataFrame:
         with open(path, "rb") as file:  # polars would also read a folder
             catalogue = pl.read_parquet(file, columns=["parent_asin", "item_context"])
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-        fail(path, f"cannot be read ({str(error).splitlines()[0]})", way_out)
+        first_line = str(error).partition("\n")[0]  # the query plan follows
+        fail(path, f"cannot be read ({first_line})", way_out)
     if catalogue.height == 0:
         fail(path, "no rows", "write a catalogue of at least one item")
     checks = {}

@@ -995,7 +995,6 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
         state.restore(resumed)
     else:
         fit_standardisation(model, embeddings, plan.train_rows)
-    keep_freed_memory()
     print0(f"{sum(weight.numel() for weight in model.parameters()):,} parameters, MLPs trained in {config.dtype}")
     print0(f"{len(plan.val_rows) * WORLD:,} items to validate on, {size * WORLD:,} items a step")
     print0(f"{total:,} steps, {plan.steps_per_epoch} an epoch, first {state.autoencoder_steps:,} without quantizing")
@@ -1533,6 +1532,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.keep_ids is not None and not Path(config.keep_ids).is_file():
         fail(config.keep_ids, "no such file for --keep_ids", "name an earlier export, or leave it out for new IDs")
     device = start_processes(config)
+    keep_freed_memory()
     for name, value in asdict(config).items():
         print0(f"{name}: {value}")
     print0(f"device {device} (--device {config.device}), processes: {WORLD}")
