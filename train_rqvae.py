@@ -222,7 +222,7 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
     parser = HfArgumentParser(RQVAEConfig, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: fail("command line", message, "--help lists the flags")
     with fail_on(ValueError, "command line", "wrong flag", "--help lists the flags"):
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        return RQVAEConfig(**vars(parser.parse_args(argv)))
 
 
 # ---------------------------------------------------------------- processes and devices
