@@ -210,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
     # before tokenize(), which sets a truncation in the backend
     behaviour = tokenizer.backend_tokenizer.to_str() + tokenizer.truncation_side
     tokens, truncated = tokenize(texts, tokenizer, prompt, config.max_length)
-    assert all(map(len, tokens)), "an item has no tokens"
+    if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
+        fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
     print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items")
     settings = {
         "max_length": config.max_length,
@@ -226,4 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

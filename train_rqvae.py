@@ -260,9 +260,10 @@ def average_gradients(model: nn.Module) -> None:
 
 def gathered(rows: Tensor) -> Tensor:
     """Rows of all processes in their order, on the CPU: (n, ...) -> (N, ...)."""
-    parts = [rows.cpu()] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, rows.cpu())
+    if WORLD == 1:
+        return rows.cpu()
+    parts = [None] * WORLD
+    dist.all_gather_object(parts, rows.cpu())
     return torch.cat(parts)
 
 
@@ -753,7 +754,7 @@ def read_checkpoint(path: Path) -> dict:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> RQVAE:
     """The RQVAE of any checkpoint, in evaluation mode on `device`; a missing or damaged file ends the run."""
-    with fail_on(Exception, path, "missing, damaged or not a checkpoint", "train again, or name another one"):
+    with fail_on(Exception, path, "missing, damaged or not a checkpoint", "train again, or name another file"):
         checkpoint = read_checkpoint(Path(path))
         model = RQVAE(checkpoint["config"])
         model.load_state_dict(checkpoint["model_state_dict"])
@@ -1028,7 +1029,8 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
             is_quantizing = step > state.autoencoder_steps
-            width = 0 if not is_quantizing else 1 if step <= SEARCH_FROM * total else TRAINING_SEARCH_WIDTH
+            width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
+            width = width if is_quantizing else 0  # a plain autoencoder
             terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
@@ -1373,7 +1375,8 @@ def print_report(quality: dict, tree: str) -> None:
     print(f"coherence: mean cosine of two items that share these codes ({any_two:.3f} for any two items)\n")
     names = {"as_encoded": "as encoded", "as_written": f"as written: {quality['collisions']}"}
     print_table(pl.DataFrame([{"IDs": name} | quality[key] for key, name in names.items()]))
-    print("recall@10 is of {recall_queries:,} items, other figures of vectors of {sampled_items:,}".format_map(quality))
+    samples = "recall@10 is of {recall_queries:,} items, unexplained variance and coherence of {sampled_items:,}"
+    print(samples.format_map(quality))
     displaced, norm = quality["displaced"], quality["residual_norm"]
     print(f"{displaced:.2%} of the items have other codes than as encoded; mean norm of the last residual {norm:.3f}")
     if keeping := quality.get("keep_ids"):

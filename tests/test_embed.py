@@ -926,9 +926,9 @@ def test_a_device_that_is_not_there_is_refused(with_earlier, refused, monkeypatc
 
 
 BAD_FLAGS = {
-    "unknown": (["--no_such_flag", "1"], "--no_such_flag"),
-    "abbreviated": (["--pool", "mean"], "--pool"),
-    "stray word": (["Tiny"], "Tiny"),
+    "unknown": (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
+    "abbreviated": (["--pool", "mean"], "unrecognized arguments: --pool mean"),
+    "stray word": (["Tiny"], "unrecognized arguments: Tiny"),
     "no number": (["--target_dim", "many"], "--target_dim"),
     "no such pooling": (["--pooling", "max"], "--pooling"),
     "target_dim 0": (["--target_dim", "0"], "--target_dim 0: must be at least 1"),

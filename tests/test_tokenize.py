@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import runpy
 import shutil
+import sys
 
 import numpy as np
 import polars as pl
@@ -157,6 +159,11 @@ def test_other_prompts_than_the_declared_ones_are_warned_of(
     error = capsys.readouterr().err
     warning = re.search(r"^warning: texts .* the model declares the prompts (.*); see --instruction", error, flags=re.M)
     assert (warning and warning[1]) == (None if told is None else str(told))
+
+
+def test_a_declared_length_may_be_text(data_dir, declaring):
+    main(flags(data_dir, declaring({"sentence_bert_config.json": {"max_seq_length": "20"}})))
+    assert read_npz(data_dir)["max_length"] == 20
 
 
 @pytest.mark.parametrize("kind", ["cached", "known to be absent", "unknown"])
@@ -329,20 +336,20 @@ def test_a_missing_catalogue_is_refused(data_dir, tiny_encoder, refused):
     assert "with the columns parent_asin and item_context" in line
 
 
-def test_items_without_a_token_are_refused(data_dir, catalogue, tiny_bert, tmp_path):
+def test_items_without_a_token_are_refused(data_dir, catalogue, tiny_bert, tmp_path, refused):
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     tokenizer.save_pretrained(tmp_path / "bare")
     path = data_dir / "Tiny_items_updated.parquet"
     set_values("item_context", {4: "\u200b", 5: "\u200b"})(catalogue).write_parquet(path)  # a space of no width
-    with pytest.raises(AssertionError, match="no tokens"):
-        main(flags(data_dir, tmp_path / "bare", "--instruction", ""))
+    line = refused(main, flags(data_dir, tmp_path / "bare", "--instruction", ""), data_dir)
+    assert f"{path}: 2 items have no token, the first in row 4" in line
 
 
 BAD_FLAGS = {
-    "unknown": (["--no_such_flag", "1"], "--no_such_flag"),
-    "abbreviated": (["--max", "9"], "--max"),
-    "stray word": (["Sample"], "Sample"),
+    "unknown": (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
+    "abbreviated": (["--max", "9"], "unrecognized arguments: --max 9"),
+    "stray word": (["Sample"], "unrecognized arguments: Sample"),
     "no number": (["--max_length", "many"], "--max_length"),
     "max_length 1": (["--max_length", "1"], "--max_length 1: must be at least 2"),
     "num_rows -3": (["--num_rows", "-3"], "--num_rows -3: must be at least 1"),
@@ -466,8 +473,10 @@ def test_an_interrupted_write_leaves_the_earlier_output(data_dir, tiny_encoder, 
     (data_dir / "Tiny_tokenized.npz").write_bytes(b"earlier")
     before = files_of(data_dir)
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", half)
-    with pytest.raises(KeyboardInterrupt):
-        main(flags(data_dir, tiny_encoder))
+    monkeypatch.setattr(sys, "argv", ["tokenize_items.py", *flags(data_dir, tiny_encoder)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(tokenize_items.__file__, run_name="__main__")
+    assert exit_info.value.code == 130
     assert files_of(data_dir) == before
 
 

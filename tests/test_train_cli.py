@@ -476,7 +476,7 @@ def test_sampled_figures_say_so(copy, capsys, monkeypatch):
     assert quality_of(copy)["sampled_items"] == N
     monkeypatch.setattr(train_rqvae, "QUALITY_ROWS", 100)
     run(copy, "--export_only")
-    assert "other figures of vectors of 100" in capsys.readouterr().out
+    assert "unexplained variance and coherence of 100" in capsys.readouterr().out
     assert quality_of(copy)["sampled_items"] == 100
 
 
