@@ -239,6 +239,7 @@ def test_readme_snippets_turn_ids_into_tokens_that_a_language_model_writes(tmp_p
     (tmp_path / "data" / "output").mkdir(parents=True)
     (tmp_path / "checkpoints" / "rqvae").mkdir(parents=True)
     ids.write_parquet(tmp_path / "data" / "output" / "Sample_semantic_ids.parquet")
+    (tmp_path / "data" / "output" / "Sample_quality.json").write_text('{"codebook_size": [256, 256, 256]}')
     rqvae = train_rqvae.RQVAE(train_rqvae.RQVAEConfig(item_embedding_dim=16))
     checkpoint = {"model_state_dict": rqvae.state_dict(), "config": asdict(rqvae.config)}
     checkpoint |= {"step": 1, "metrics": {}, "data": 0}
@@ -256,6 +257,7 @@ def test_readme_snippets_turn_ids_into_tokens_that_a_language_model_writes(tmp_p
     assert {token for row in made["tokens"] for token in row} <= set(vocabulary)
 
     before = model.get_input_embeddings().weight.detach().clone()
+    made["prompt"] = tokenizer("lamp, then", add_special_tokens=False, return_tensors="pt").input_ids
     exec(blocks[1], made)
     after = model.get_input_embeddings().weight.detach()
     assert len(after) == len(before) + len(vocabulary) == len(tokenizer)
@@ -269,8 +271,6 @@ def test_readme_snippets_turn_ids_into_tokens_that_a_language_model_writes(tmp_p
     ]
     assert np.corrcoef(*(each.flatten() for each in alike))[0, 1] > 0.7, "similar codes do not start alike"
 
-    made["prompt"] = tokenizer("lamp, then", add_special_tokens=False, return_tensors="pt").input_ids
-    exec(blocks[2], made)
     assert len(set(made["items"])) == 10
     assert set(made["items"]) <= set(names)
 

@@ -4,6 +4,8 @@
         --histories Office_histories.parquet --output data/output/Aligned_items_with_embeddings.parquet
     python train_rqvae.py --category Aligned
 
+As the catalogue grows, align again with the same histories, then export with --keep_ids.
+
 Embeddings: parent_asin, embedding. Histories: a column `history`, lists of parent_asin in order of time, one row for
 each person. Where they have a column `split`, only the rows of --split are read. Leave out what you will test on: the
 IDs would know it. Items without an embedding are counted and left out; those without a history move by f alone:
