@@ -88,9 +88,7 @@ class EmbedConfig:
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = HfArg(default="auto", help="Where the model runs.")
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the tokens, for a trial.")
-    reuse: bool = HfArg(
-        default=False, help="Keep the vectors of texts in the earlier output, if its model and settings are the same."
-    )
+    reuse: bool = HfArg(default=False, help="Keep vectors of equal texts in the earlier output, if made the same way.")
     overwrite: bool = HfArg(default=False, help="Replace an output that is complete already, or has more rows.")
 
     def path(self, file: str) -> Path:
@@ -541,15 +539,9 @@ def main(argv: list[str] | None = None) -> None:
         print0(f"device {device} (--device {config.device}), dtype {config.dtype}, pooling {config.pooling} ({why})")
         print0(f"batches of {config.tokens_per_batch} tokens, {config.target_dim} dimensions kept")
         # `recipe` is what a vector depends on, `metadata` what the whole output depends on
-        recipe = {
-            "weights": weights_digest(model),
-            "tokenizer": tokens.tokenizer,
-            "instruction": tokens.instruction,
-            "max_length": str(tokens.max_length),
-            "pooling": config.pooling,
-            "dtype": config.dtype,
-            "target_dim": str(config.target_dim),
-        }
+        recipe = {name: str(getattr(tokens, name)) for name in ("tokenizer", "instruction", "max_length")}
+        recipe |= {name: str(getattr(config, name)) for name in ("pooling", "dtype", "target_dim")}
+        recipe["weights"] = weights_digest(model)
         metadata = recipe | {"fingerprint": tokens.fingerprint, "n_items": str(n)}
         store = Store(config.path(OUTPUT), metadata, n, config.target_dim)
         if not config.overwrite and metadata.items() <= earlier.items():
@@ -559,9 +551,9 @@ def main(argv: list[str] | None = None) -> None:
                 return
             config.reuse = True  # only other columns have changed
 
-        # each distinct text is embedded once, in its first row: hashes, first (M); inverse (N), the text of a row
+        # each distinct text is embedded once, in its first row: hashes, first (M); inverse (N), a row's place in them
         hashes, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        left = [None]  # rank 0 puts the list of batches here, and the others receive it
+        todo = [None]  # rank 0 puts the list of batches here, and the others receive it
         if RANK == 0:
             rows = first
             if config.reuse:
@@ -569,12 +561,12 @@ def main(argv: list[str] | None = None) -> None:
                 rows = first[~reuse(config, store, other, hashes, first)]
             batches = batches_by_length(np.sort(rows), tokens.lengths, config.tokens_per_batch)
             # an unfinished batch is embedded again as a whole, because the last bits of a vector depend on its batch
-            left = [[batch for batch in batches if not is_unit(store.read(batch)).all()]]
-            size = sum(map(len, left[0]))
+            todo = [[batch for batch in batches if not is_unit(store.read(batch)).all()]]
+            size = sum(map(len, todo[0]))
             print(f"{size:,} texts to embed; {len(rows) - size:,} were finished by an earlier run")
         if WORLD > 1:
-            dist.broadcast_object_list(left)
-        batches = left[0][RANK::WORLD]
+            dist.broadcast_object_list(todo)
+        batches = todo[0][RANK::WORLD]
         # progress in tokens, of which a batch holds about tokens_per_batch, because the longest items come first
         for rows in tqdm(batches, "embed", unit=" tokens", unit_scale=config.tokens_per_batch, disable=RANK > 0):
             store.write(rows, embed(model, tokens, rows, config, prefix))

@@ -45,9 +45,7 @@ class TokenizeConfig:
         default="Represent this product so that similar products have similar representations",
         help="Task put before every text, 'Instruct: {instruction}\\nQuery:{text}'; '' for none.",
     )
-    max_length: int | None = HfArg(
-        default=None, help="Maximum tokens of an item, instruction included; by default the model's, at most 2048."
-    )
+    max_length: int | None = HfArg(default=None, help="Most tokens of an item; by default the model's, at most 2048.")
     num_rows: int | None = HfArg(default=None, help="Only the first rows of the catalogue, for a trial.")
 
 
@@ -119,7 +117,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    """Sets max_length; warns if the model declares prompts, and the text of the first item starts with none."""
+    """Sets max_length. Warns if the model declares prompts and the first text begins with none of them."""
     declared = {}
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
         try:
@@ -139,7 +137,7 @@ def follow_declarations(config: TokenizeConfig, tokenizer: PreTrainedTokenizerBa
     # without an instruction, an item may start with any declared prompt, or plainly if none is declared for documents
     plain = {"document", "passage", "corpus"}.isdisjoint(prompts)
     starts = tuple(prompt or "" for prompt in prompts.values())
-    fits = "Instruct:" in str(prompts) if config.instruction else plain or text.startswith(starts)
+    fits = "Instruct:" in str(prompts) if config.instruction else (plain or text.startswith(starts))
     if "__version__" in declared and not fits:  # the model was saved by sentence-transformers
         trouble = f"texts start with {text[:30]!r}, but the model declares the prompts {prompts}"
         print(f"warning: {trouble}; see --instruction", file=sys.stderr)
@@ -213,15 +211,9 @@ def main(argv: list[str] | None = None) -> None:
     if empty := [row for row, ids in enumerate(tokens) if len(ids) == 0]:
         fail(source, f"{len(empty)} items have no token, the first in row {empty[0]}", "drop or describe them")
     print(f"truncated to {config.max_length} tokens: {truncated:,} of {len(texts):,} items")
-    settings = {
-        "max_length": config.max_length,
-        "n_items": len(texts),
-        "model_name": config.model_name,
-        "instruction": config.instruction,
-        "fingerprint": fingerprint(catalogue),
-        "tokenizer": hashlib.sha256(behaviour.encode()).hexdigest(),
-        "format_version": 3,
-    }
+    settings = {name: getattr(config, name) for name in ("max_length", "model_name", "instruction")}
+    settings |= {"n_items": len(texts), "fingerprint": fingerprint(catalogue), "format_version": 3}
+    settings["tokenizer"] = hashlib.sha256(behaviour.encode()).hexdigest()
     write(target, tokens, tokenizer.pad_token_id or 0, settings)
 
 

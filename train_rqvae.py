@@ -70,7 +70,7 @@ SEARCH_WIDTH = 32  # the same in the export
 TIE_TOLERANCE = 0.03  # validation losses this close are a tie, and the later checkpoint wins it
 TINY = 1e-30  # instead of a variance of 0, should all items be equal
 
-# on a CPU few enough for the activations to stay in cache
+# On a CPU, few enough that the activations stay in cache.
 ROWS_PER_PASS = {"cpu": 2**11, "mps": 2**15, "cuda": 2**16}  # rows of a forward and backward pass
 DECODED_PER_PASS = {"cpu": 2**12, "mps": 2**15, "cuda": 2**16}  # reconstructions of a pass outside training
 ROWS_READ = 2**13  # rows of the parquet file in memory at once
@@ -82,7 +82,7 @@ RETRAIN_RATIO = 1.25  # warn if the loss of new and moved items is this many tim
 RETRAIN_ITEMS = 30  # fewer of them prove nothing
 QUALITY_ROWS = 100_000  # figures that need vectors are of a sample of a larger catalogue
 RECALL_QUERIES, NEIGHBOURS = 1000, 10
-FEW_ITEMS = range(2_400, 5_000)  # for which a recommender was seen to reward two large levels and a suffix
+FEW_ITEMS = range(2_400, 5_000)  # catalogue sizes at which a recommender gained from two large levels and a suffix
 EXAMPLE_PREFIXES, EXAMPLE_BRANCHES, EXAMPLE_ITEMS, LABEL_LENGTH = 5, 2, 3, 90
 BARS, BAR_COLUMNS = " ▁▂▃▄▅▆▇█", 16
 
@@ -118,14 +118,10 @@ class RQVAEConfig:
     seed: int = HfArg(default=42, help="Seed of the weights, the split, the batches and k-means.")
 
     item_embedding_dim: int | None = HfArg(default=None, help="Dimension D of the embeddings; by default the file's.")
-    encoder_hidden_dims: list[int] = HfArg(
-        default_factory=lambda: [512, 256, 128], help="Hidden layers of the encoder; the decoder mirrors them."
-    )
+    encoder_hidden_dims: list[int] = HfArg(default_factory=lambda: [512, 256, 128], help="Encoder's hidden layers.")
     codebook_embedding_dim: int = HfArg(default=32, help="Dimension E of the latents and the codes.")
     codebook_quantization_levels: int | None = HfArg(default=None, help="Levels L: codes in an ID; by default 3.")
-    codebook_size: list[int] = HfArg(
-        default_factory=lambda: [256], help="Codes K of each level: one number for all, or one a level."
-    )
+    codebook_size: list[int] = HfArg(default_factory=lambda: [256], help="Codes K: one number for all, or one a level.")
     commitment_weight: float = HfArg(default=0.25, help="Weight beta of the commitment loss.")
     use_rotation_trick: bool = HfArg(default=False, help="Rotation trick instead of straight-through gradients.")
     use_ema_vq: bool = HfArg(default=False, help="Move the codes by moving averages instead of gradients.")
@@ -145,7 +141,7 @@ class RQVAEConfig:
     input_mixing: float = HfArg(default=0.1, help="Mix inputs in pairs, weights from Beta(a, a); 0 for none.")
 
     use_kmeans_init: bool = HfArg(default=True, help="Start the codes from k-means of an autoencoder's latents.")
-    autoencoder_steps: int | None = HfArg(default=None, help="Steps before k-means; by default a fifth, up to 1000.")
+    autoencoder_steps: int | None = HfArg(default=None, help="Steps before quantizing; by default a fifth, up to 1000.")
     reset_unused_codes: bool = HfArg(default=True, help="Move codes that no item uses to where items are.")
     steps_per_codebook_reset: int = HfArg(default=50, help="Steps between two looks for unused codes.")
 
@@ -201,12 +197,12 @@ def fail(subject: str | Path, trouble: str, way_out: str) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    if RANK == 0:
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+    print0(f"warning: {message}", file=sys.stderr)
 
 
 def brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:150] or type(error).__name__
+    first_paragraph = str(error).strip().partition("\n\n")[0]  # polars' query plan follows
+    return " ".join(first_paragraph.split())[:150] or type(error).__name__
 
 
 @contextmanager
@@ -230,7 +226,7 @@ def parse_config(argv: list[str] | None) -> RQVAEConfig:
 
 def start_processes(config: RQVAEConfig) -> torch.device:
     """Choose the device of this process; under torchrun, join the other processes."""
-    has_mps = torch.backends.mps.is_available() and WORLD == 1  # processes cannot communicate there
+    has_mps = torch.backends.mps.is_available() and WORLD == 1  # gloo does not send MPS tensors
     available = {"cuda": torch.cuda.is_available(), "mps": has_mps, "cpu": True}
     name = next(kind for kind in available if available[kind]) if config.device == "auto" else config.device
     if not available[name]:
@@ -297,8 +293,6 @@ def keep_freed_memory() -> None:
 def lock(path: Path) -> IO:
     """Hold `path` for this process until the returned file is closed. The empty lock file stays."""
     with fail_on(OSError, path, "cannot be written", WRITABLE):
-        if path.is_dir():
-            fail(path, "is a folder", "move it away")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
     if os.name == "posix":
@@ -317,7 +311,8 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            os.replace(temporary[path], path)
+            with fail_on(OSError, path, "cannot be replaced", "move it away"):
+                os.replace(temporary[path], path)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -329,28 +324,25 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
 class EmbeddingDataset:
     """The embeddings of a catalogue, in the order of the file.
 
-    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts; fingerprint, of which
-    `data` is a checksum of the names, the vectors and their order, and `recipe` says how the vectors were made. Of
-    `world` processes, each holds consecutive rows, and their checksums add up to that of the file.
+    embeddings (N, D) float32; parent_asin (N); labels (N), titles or the start of the texts. fingerprint["data"] is a
+    checksum of names, vectors and their order; fingerprint["recipe"] says how the vectors were made. Each of `world`
+    processes holds consecutive rows. The checksums of all processes add up to that of the file.
     """
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
         way_out = "run embed_items.py with --overwrite, or correct your own file"
-        with fail_on(UNREADABLE, path, "not a readable parquet file", way_out):
+        with fail_on(UNREADABLE, path, "cannot be read", way_out):
             file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
             schema = file.collect_schema()
-            if missing := [name for name in ("parent_asin", "embedding") if name not in schema]:
-                fail(path, f"no column {missing[0]} among {', '.join(schema)}", way_out)
-            id_type, vector_type = schema["parent_asin"], schema["embedding"]
+            id_type, vector_type = file.select("parent_asin", "embedding").collect_schema().dtypes()
             is_list = isinstance(vector_type, pl.List | pl.Array) and vector_type.inner.is_numeric()
             if id_type != pl.String or not is_list:
                 trouble = f"parent_asin is {id_type}, embedding is {vector_type}"
                 fail(path, trouble, "cast them to String and List(Float32)")
             metadata = pl.read_parquet_metadata(path)
             names = file.select("parent_asin").collect()["parent_asin"]
-            n = len(names)
-            if n < world:
-                fail(path, "no rows" if n == 0 else f"fewer rows than the {world} processes", "add items")
+            if (n := len(names)) < world:
+                fail(path, f"{n or 'no'} rows for {world} processes" if world > 1 else "no rows", "add items")
             wrong = names.is_null() | (names.str.strip_chars() == "") | ~names.is_first_distinct()
             if wrong.any():
                 row = wrong.arg_max()
@@ -372,11 +364,11 @@ class EmbeddingDataset:
                 start += len(piece)
         wrong = ~np.isfinite(np.einsum("nd,nd->n", vectors, vectors))
         if wrong.any():
-            trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN or infinite"
+            trouble = f"{wrong.sum()} embeddings are null, not of {dim} dimensions, NaN, infinite or too large"
             fail(path, f"{trouble}, the first in row {first + wrong.argmax()}", way_out)
         items = zip(range(first, end), self.parent_asin, vectors, strict=True)
         contents = (f"{row} {name} ".encode() + x.tobytes() for row, name, x in items)
-        # not CRCs: they are linear, and a sum of them can survive two vectors changing places
+        # not CRCs: they are linear, so their sum may stay equal when two vectors change places
         checksum = sum(int.from_bytes(hashlib.blake2b(content, digest_size=4).digest()) for content in contents)
         recipe = {name: metadata[name] for name in ("model_name", "instruction", "pooling") if name in metadata}
         self.fingerprint = {"data": checksum, "recipe": recipe}
@@ -510,7 +502,7 @@ class RQVAE(nn.Module):
     def __init__(self, config: RQVAEConfig):
         super().__init__()
         self.config = config
-        self.metrics, self.recipe = {}, {}  # from its checkpoint, by load_model
+        self.metrics, self.recipe = {}, {}  # load_model fills them
         dim, latent_dim = config.item_embedding_dim or 1024, config.codebook_embedding_dim
         sizes = [dim, *config.encoder_hidden_dims, latent_dim]
         self.register_buffer("input_mean", torch.zeros(dim))
@@ -662,7 +654,7 @@ def reset_codes(model: RQVAE, x: Tensor, usage: Tensor, adam: Optimizer) -> None
     for quantizer, counts in zip(model.quantizers, usage, strict=True):
         unused = (counts[: len(quantizer.codebook)] == 0).nonzero().squeeze(1)  # (M)
         if len(unused):
-            # each row once before any twice
+            # every row is used once before one is used twice
             rows = torch.randperm(len(residuals), device=x.device).repeat(1 + len(unused) // len(residuals))
             quantizer.codebook[unused] = residuals[rows[: len(unused)]]
             if model.config.use_ema_vq:
@@ -696,18 +688,13 @@ def level_statistics(codes: np.ndarray, sizes: list[int]) -> list[dict]:
 @torch.no_grad()
 def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH) -> tuple[Tensor, ...]:
     """Latents (N, E), codes (N, L) and norms (N) of the last residual, of embeddings (N, D) as stored."""
-    n, device, config = len(embeddings), model.input_mean.device, model.config
-    # allocated first: small results between large temporary tensors would fragment the memory
-    latents = torch.empty(n, config.codebook_embedding_dim, device=device)
-    codes = torch.empty(n, config.codebook_quantization_levels, dtype=torch.int64, device=device)
-    norms = torch.empty(n, device=device)
-    size = chunk_rows(device, search_width)
-    for part in (slice(start, start + size) for start in range(0, n, size)):
-        x = model.standardise(embeddings[part].to(device).float())
-        latents[part] = model.encode(x)
-        codes[part] = model.search(latents[part], x, search_width)
-        norms[part] = (latents[part] - model.decode_levels(codes[part])).norm(dim=1)
-    return latents, codes, norms
+    device, results = model.input_mean.device, []
+    for part in embeddings.split(chunk_rows(device, search_width)):
+        x = model.standardise(part.to(device).float())
+        latents = model.encode(x)
+        codes = model.search(latents, x, search_width)
+        results.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
+    return tuple(map(torch.cat, zip(*results, strict=True)))
 
 
 def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
@@ -778,13 +765,13 @@ def read_own_checkpoint(path: Path, config: RQVAEConfig, fingerprint: dict, tota
             raise LookupError(f"trained with --{name} {trained}, not {value}")
     if max(checkpoint["step"], checkpoint.get("autoencoder_steps", -1) + 1) > total_steps:
         raise LookupError(f"of a run of more than {total_steps} steps")
-    if checkpoint["data"] != fingerprint["data"]:
+    if checkpoint.get("data") != fingerprint["data"]:
         raise LookupError("trained on other embeddings than these")
     return checkpoint
 
 
 def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> dict | None:
-    """The newest sound numbered checkpoint; a damaged one is passed over, one of another run ends this run."""
+    """The newest sound numbered checkpoint. Skips damaged ones; ends the run if it is of another run."""
     way_out = "give the same flags and no smaller --max_steps, or --overwrite instead of --resume"
     for path in numbered_checkpoints(config.checkpoints).values():
         try:
@@ -799,7 +786,7 @@ def find_resumed(config: RQVAEConfig, fingerprint: dict, total_steps: int) -> di
             read_own_checkpoint(config.best_path, config, fingerprint, total_steps)
             return checkpoint
         if checkpoint["step"] == total_steps:
-            fail(config.best_path, "missing, damaged or of a longer run, and no step is left to make it", way_out)
+            fail(config.best_path, "missing, damaged or of a longer run, and no step is left to write it", way_out)
         return checkpoint | {"lowest_val_loss": math.inf}  # the next validation writes a best model
     print0(f"no sound checkpoint in {config.checkpoints}: starting from the beginning")
     return None
@@ -832,21 +819,21 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     own = n * (RANK + 1) // WORLD - n * RANK // WORLD  # rows of this process
     smallest = n // WORLD  # rows of the smallest process: all of them take equally many steps
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed)).to(device)
-    held_out = min(round(smallest * config.val_split), smallest - 1)
+    held_out = min(max(round(smallest * config.val_split), int(config.val_split > 0)), smallest - 1)
     rows_per_step = config.batch_size * config.gradient_accumulation_steps // WORLD
     rows_per_step = max(1, min(rows_per_step, smallest - held_out))
     steps_per_epoch = (smallest - held_out) // rows_per_step
     total_steps = config.num_epochs * steps_per_epoch
     if config.max_steps > 0:
         total_steps = min(total_steps, config.max_steps)
-    autoencoder_steps = config.autoencoder_steps if config.use_kmeans_init else 0
+    autoencoder_steps = config.autoencoder_steps
     if autoencoder_steps is None:
-        autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS)
+        autoencoder_steps = min(total_steps // 5, MAX_AUTOENCODER_STEPS) if config.use_kmeans_init else 0
     train_rows, val_rows = (order[held_out:], order[:held_out]) if held_out else (order, order)
     if autoencoder_steps >= total_steps:
         fail(f"--autoencoder_steps {autoencoder_steps}", f"takes all {total_steps} steps", "lower it, or train longer")
-    if config.use_kmeans_init and len(train_rows) * WORLD < max(config.codebook_size):
-        trouble = f"only {len(train_rows) * WORLD} training items for the {max(config.codebook_size)} codes of k-means"
+    if config.use_kmeans_init and (items := len(train_rows) * WORLD) < max(config.codebook_size):
+        trouble = f"only {items} training items for the {max(config.codebook_size)} codes of k-means"
         fail(config.source, trouble, "lower --codebook_size or --val_split, or give --use_kmeans_init False")
     return Plan(train_rows, val_rows, rows_per_step, steps_per_epoch, total_steps, autoencoder_steps)
 
@@ -901,7 +888,7 @@ def train_step(
     config = model.config
     batch_size = min(max(1, config.batch_size // WORLD), ROWS_PER_PASS[embeddings.device.type])
     terms, codes = torch.zeros(3, device=embeddings.device), []
-    for batch in rows.tensor_split(math.ceil(len(rows) / batch_size)):  # of equal sizes, so that each has rows to mix
+    for batch in rows.tensor_split(math.ceil(len(rows) / batch_size)):  # of equal sizes: a single row cannot be mixed
         x = augment(embeddings.index_select(0, batch), model)
         batch_terms, batch_codes = model(x, search_width)
         batch_terms = batch_terms * (len(batch) / len(rows))
@@ -970,11 +957,6 @@ class TrainingState:
         for path in list(numbered_checkpoints(self.config.checkpoints).values())[self.config.keep_checkpoints :]:
             path.unlink()
 
-    def log(self, metrics: dict[str, float]) -> None:
-        self.metrics |= metrics
-        if self.run:
-            self.run.log(metrics, step=self.step)
-
     def save_if_best(self) -> None:
         """Save the best model, and print a line of the last validation."""
         loss = self.metrics["val/total_loss"]
@@ -1006,10 +988,9 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
         config.final_path.unlink(missing_ok=True)  # it stands for a finished run
     model.train()
     order, stopping = None, False
-    bar = tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0)
     signal.signal(signal.SIGINT, state.request_stop)
     signal.signal(signal.SIGTERM, state.request_stop)
-    with bar:
+    with tqdm(total=total, initial=state.step, desc="train", unit=" steps", disable=RANK > 0) as bar:
         while state.step < total and not stopping:
             state.step += 1
             step = state.step
@@ -1029,8 +1010,7 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             for optimizer in state.optimizers:
                 optimizer.param_groups[0]["lr"] = rate
             is_quantizing = step > state.autoencoder_steps
-            width = TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1
-            width = width if is_quantizing else 0  # a plain autoencoder
+            width = (TRAINING_SEARCH_WIDTH if step > SEARCH_FROM * total else 1) if is_quantizing else 0
             terms, codes, norm = train_step(model, state.optimizers, embeddings, rows, width)
             if is_quantizing:
                 ones = torch.ones_like(codes.T)
@@ -1044,12 +1024,15 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             saving = stopping or step == total or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
-                figures = {"train/gradient_norm": norm.item(), "train/learning_rate": rate}
+                figures = checked_losses("train", terms) | {"train/learning_rate": rate}
+                figures["train/gradient_norm"] = norm.item()
                 figures["train/clipped_gradient_norm"] = min(norm.item(), config.gradient_clip_norm or math.inf)
-                state.log(checked_losses("train", terms) | figures)
-                bar.set_postfix_str(f"loss {state.metrics['train/total_loss']:.4g}, lr {rate:.2e}")
-            if validating:
-                state.log(validate(model, embeddings, plan.val_rows))
+                if validating:
+                    figures |= validate(model, embeddings, plan.val_rows)
+                state.metrics |= figures
+                if run:
+                    run.log(figures, step=step)
+                bar.set_postfix_str(f"loss {figures['train/total_loss']:.4g}, lr {rate:.2e}")
             if validating and RANK == 0:
                 state.save_if_best()
             if saving and RANK == 0:
@@ -1099,9 +1082,10 @@ def spill(codes: np.ndarray, residuals: np.ndarray, codebook: np.ndarray, room: 
 
 
 def crowded_groups(codes: np.ndarray, occupied: np.ndarray, level: int, capacity: int) -> Iterator[tuple]:
-    """Groups of items with equal first `level` codes, if a next code has more than `capacity` items and occupied IDs.
+    """Groups of items with equal first `level` codes in which more than `capacity` IDs share the next code.
 
-    codes (N, L), occupied (T, L) IDs already given -> for each group its rows (n), and the next codes taken (t).
+    codes (N, L), occupied (T, L) IDs already given, which count too -> for each group its rows (n) and the next codes
+    of its occupied IDs (t). With capacity 0, these are all groups.
     """
     n, all_ids = len(codes), np.concatenate([codes, occupied])
     for group in group_rows(prefix_keys(all_ids, level)):
@@ -1131,7 +1115,7 @@ def last_code_errors(model: RQVAE, x: Tensor, codes: np.ndarray, occupied: np.nd
 
 
 def add_suffix(codes: np.ndarray, occupied: np.ndarray) -> np.ndarray:
-    """TIGER's suffix (section 3.1): codes (N, L) and a number among equals, above those of occupied (T, L + 1)."""
+    """TIGER's suffix (section 3.1): codes (N, L), and a number that counts equal ones on from occupied (T, L + 1)."""
     n, levels = codes.shape
     keys = prefix_keys(np.concatenate([codes, occupied[:, :levels]]), levels)
     start = np.zeros(keys.max(initial=0) + 1, dtype=np.int64)  # the first free number of each key
@@ -1166,7 +1150,7 @@ def make_distinct(
     codes, sizes, n = codes.copy(), model.config.codebook_size, len(codes) + len(occupied)
     assert n <= math.prod(sizes), "more items than IDs"
     for level in range(len(sizes) - 1):
-        capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; all of them may exceed int64
+        capacity = min(n, math.prod(sizes[level + 1 :]))  # IDs below a code; their full number may exceed int64
         for rows, taken in crowded_groups(codes, occupied, level, capacity):
             room = capacity - np.bincount(taken, minlength=sizes[level])
             left = latents[rows] - sum(codebooks[above][codes[rows, above]] for above in range(level))  # (n, E)
@@ -1230,7 +1214,7 @@ def keep_or_assign(
     ids, levels = previous.ids.copy(), codes.shape[1]
     is_new, retired = ids[:, 0] < 0, np.concatenate([previous.retired, previous.vanished])
     occupied = np.concatenate([ids[~is_new], retired])
-    has_suffix = config.collisions == "suffix"  # which makes any codes distinct
+    has_suffix = config.collisions == "suffix"  # there is always a free one
     free = math.inf if has_suffix else math.prod(model.config.codebook_size) - len(occupied)
     if free < is_new.sum():
         trouble = f"{is_new.sum():,} new items, and only {free:,} IDs are left beside those kept and retired"
@@ -1243,7 +1227,7 @@ def keep_or_assign(
             best[group] = errors.min(1, initial=np.inf)
         may_move = is_clearly_better(best, old_errors)
         rows, old_errors = rows[may_move], old_errors[may_move]
-    if is_new.sum() + len(rows) <= free:  # otherwise none moves, and the new items get the free IDs
+    if is_new.sum() + len(rows) <= free:  # else no item moves: new items come first
         offered = make_distinct(model, x[rows], latents[rows], codes[rows], config.collisions, occupied)
         # some are offered a worse ID, as another item got their best one: these stay
         moves = is_clearly_better(decoded_errors(model, x[rows], offered), old_errors)
@@ -1467,8 +1451,7 @@ def finish_wandb(run, model: RQVAE, quality: dict, config: RQVAEConfig) -> None:
     """Send the figures of the report, a histogram of the codes of each level, and best_model.pth as an artifact."""
     for i, level in enumerate(quality["levels"]):
         counts = level["items_per_code"]
-        bins = min(len(counts), wandb.Histogram.MAX_LENGTH)
-        histogram = np.histogram(np.arange(len(counts)), bins, weights=counts)
+        histogram = np.histogram(range(len(counts)), min(len(counts), wandb.Histogram.MAX_LENGTH), weights=counts)
         run.log({f"codes/level_{i}": wandb.Histogram(np_histogram=histogram)})
     run.summary["quality"] = {name: value for name, value in quality.items() if name != "levels"}
     metadata = model.metrics | {"config": asdict(model.config)}
@@ -1486,16 +1469,17 @@ def finish_wandb(run, model: RQVAE, quality: dict, config: RQVAEConfig) -> None:
 def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict) -> None:
     """End the run if the model to export with does not fit the embeddings, or a flag that was given."""
     trained, defaults = model.config, RQVAEConfig()
-    for name, own in asdict(trained).items():
-        asked, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
-        if name not in FREE_FIELDS | {"category"} and asked not in (default, own):
-            trouble = f"trained with --{name} {own}, not {asked}"
+    for name, value in asdict(trained).items():
+        given, default = getattr(config, name), getattr(defaults, name)  # a default counts as not given
+        if name not in FREE_FIELDS | {"category"} and given not in (default, value):
+            trouble = f"trained with --{name} {value}, not {given}"
             fail(config.best_path, trouble, "give all flags of training or none, and embeddings of the same kind")
-    own = model.recipe | {"--category": trained.category, "--num_rows": trained.num_rows}
-    now = recipe | {"--category": config.category, "--num_rows": trained.num_rows and config.num_rows}
-    for name in own.keys() & now.keys():
-        if own[name] != now[name]:
-            trouble = f"was trained with {name} {own[name]!r}, and this is {now[name]!r}"
+    trained_on = model.recipe | {"--category": trained.category, "--num_rows": trained.num_rows}
+    # a model of all rows may export some of them
+    exported = recipe | {"--category": config.category, "--num_rows": trained.num_rows and config.num_rows}
+    for name, value in trained_on.items():
+        if value != exported.get(name, value):
+            trouble = f"was trained with {name} {value!r}, and this is {exported[name]!r}"
             warn(f"{config.best_path} {trouble}: train again, unless the model fits all the same")
     if not config.final_path.exists():
         warn(f"no {config.final_path}: if training was stopped, these are the IDs of its step {model.metrics['step']}")
@@ -1504,7 +1488,8 @@ def check_model(model: RQVAE, config: RQVAEConfig, recipe: dict) -> None:
 def check_outputs(config: RQVAEConfig, n: int, from_start: bool) -> None:
     """End the run if there are too few IDs for n items, or if it would replace what only --overwrite may replace.
 
-    That is a model of another catalogue, a stopped training, and IDs of more items than those of a trial.
+    Only --overwrite replaces a model of another catalogue, starts a stopped training over, or lets a trial replace IDs
+    of more items.
     """
     if config.collisions == "assign" and n > (ids := math.prod(config.codebook_size)):
         trouble = f"{n:,} items, but only {ids:,} IDs with codebooks of {config.codebook_size}"
@@ -1545,8 +1530,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # data
     dataset = EmbeddingDataset(config.source, config.num_rows, RANK, WORLD)  # the rows of this process
+    n, dataset.fingerprint["data"] = all_sum(torch.tensor([len(dataset), dataset.fingerprint["data"]])).tolist()
     fingerprint, dim = dataset.fingerprint, dataset.embeddings.shape[1]
-    n, fingerprint["data"] = all_sum(torch.tensor([len(dataset), fingerprint["data"]])).tolist()
     print0(f"{n:,} items of {dim} dimensions from {config.source}")
 
     # model
@@ -1562,7 +1547,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         config.dtype = choose_dtype(device) if config.dtype == "auto" else config.dtype
         plan = make_plan(n, config, device)
-        with suppress(ValueError, LookupError, *UNREADABLE):  # up to a file that is missing, damaged or of another run
+        with suppress(ValueError, LookupError, *UNREADABLE):  # a file is missing, damaged or of another run
             final = read_own_checkpoint(config.final_path, config, fingerprint, plan.total_steps)
             read_own_checkpoint(config.best_path, config, fingerprint, plan.total_steps)
             is_trained = final["step"] == plan.total_steps and not config.overwrite

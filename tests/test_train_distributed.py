@@ -123,7 +123,7 @@ def test_fewer_items_than_processes_are_refused(tmp_path, capsys):
     path = source(new_folder(tmp_path, n=3))
     with pytest.raises(SystemExit):
         train_rqvae.EmbeddingDataset(path, None, 0, 4)
-    assert "fewer rows than the 4 processes" in capsys.readouterr().err
+    assert "3 rows for 4 processes" in capsys.readouterr().err
 
 
 def test_a_broken_row_is_named_by_its_place_in_the_file(tmp_path, capsys):
@@ -297,7 +297,7 @@ def test_trouble_in_the_rows_of_one_process_ends_the_job(tmp_path):
     assert line.startswith(
         "error: data/Tiny_items_with_embeddings.parquet: 1 embeddings are null, not of 24 dimensions"
     )
-    assert "NaN or infinite, the first in row 2900" in line
+    assert "NaN, infinite or too large, the first in row 2900" in line
     assert not (folder / "checkpoints" / "final_model.pth").exists()
 
 

@@ -515,7 +515,8 @@ def test_split_is_disjoint_and_complete(n, share, held_out):
     assert torch.equal(torch.cat([plan.train_rows, plan.val_rows]).sort().values, torch.arange(n))
     assert torch.equal(plan.val_rows, plan_of(n, val_split=share, use_kmeans_init=False).val_rows)
     assert not torch.equal(plan.val_rows, plan_of(n, val_split=share, seed=1, use_kmeans_init=False).val_rows)
-    everything = plan_of(n, val_split=0.001 / n)
+    assert len(plan_of(n, val_split=0.001 / n).val_rows) == 1
+    everything = plan_of(n, val_split=0)
     assert torch.equal(everything.train_rows.sort().values, torch.arange(n))  # no row to hold out: all are both
     assert torch.equal(everything.val_rows.sort().values, torch.arange(n))
 
@@ -538,7 +539,8 @@ def test_plan_counts_the_steps(changes, rows_per_step, steps_per_epoch, total):
 
 def test_plain_autoencoder_takes_a_fifth_of_the_steps_up_to_a_limit():
     assert plan_of(300, max_steps=10_000).autoencoder_steps == train_rqvae.MAX_AUTOENCODER_STEPS
-    assert plan_of(300, autoencoder_steps=10, use_kmeans_init=False).autoencoder_steps == 0
+    assert plan_of(300, use_kmeans_init=False).autoencoder_steps == 0
+    assert plan_of(300, autoencoder_steps=10, use_kmeans_init=False).autoencoder_steps == 10
 
 
 @pytest.fixture
