@@ -688,13 +688,18 @@ def level_statistics(codes: np.ndarray, sizes: list[int]) -> list[dict]:
 @torch.no_grad()
 def encode_catalogue(model: RQVAE, embeddings: Tensor, search_width: int = SEARCH_WIDTH) -> tuple[Tensor, ...]:
     """Latents (N, E), codes (N, L) and norms (N) of the last residual, of embeddings (N, D) as stored."""
-    device, results = model.input_mean.device, []
-    for part in embeddings.split(chunk_rows(device, search_width)):
-        x = model.standardise(part.to(device).float())
-        latents = model.encode(x)
-        codes = model.search(latents, x, search_width)
-        results.append((latents, codes, (latents - model.decode_levels(codes)).norm(dim=1)))
-    return tuple(map(torch.cat, zip(*results, strict=True)))
+    n, device, config = len(embeddings), model.input_mean.device, model.config
+    # allocated first: small results between large temporary tensors would fragment the memory, up to 25% of its peak
+    latents = torch.empty(n, config.codebook_embedding_dim, device=device)
+    codes = torch.empty(n, config.codebook_quantization_levels, dtype=torch.int64, device=device)
+    norms = torch.empty(n, device=device)
+    size = chunk_rows(device, search_width)
+    for part in (slice(start, start + size) for start in range(0, n, size)):
+        x = model.standardise(embeddings[part].to(device).float())
+        latents[part] = model.encode(x)
+        codes[part] = model.search(latents[part], x, search_width)
+        norms[part] = (latents[part] - model.decode_levels(codes[part])).norm(dim=1)
+    return latents, codes, norms
 
 
 def checked_losses(prefix: str, terms: Tensor) -> dict[str, float]:
@@ -1024,8 +1029,8 @@ def train(config: RQVAEConfig, embeddings: Tensor, plan: Plan, fingerprint: dict
             saving = stopping or step == total or step % config.steps_per_checkpoint == 0
             validating = is_quantizing and (step % config.steps_per_val_log == 0 or step == total)
             if saving or validating or step % config.steps_per_train_log == 0:
-                figures = checked_losses("train", terms) | {"train/learning_rate": rate}
-                figures["train/gradient_norm"] = norm.item()
+                figures = checked_losses("train", terms) | {"train/gradient_norm": norm.item()}
+                figures["train/learning_rate"] = rate
                 figures["train/clipped_gradient_norm"] = min(norm.item(), config.gradient_clip_norm or math.inf)
                 if validating:
                     figures |= validate(model, embeddings, plan.val_rows)
