@@ -427,7 +427,7 @@ class Store:
     """
 
     def __init__(self, output: Path, metadata: dict[str, str], n: int, dim: int):
-        digest = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = output.with_name(f".{output.name}.partial") / digest
         self.shape, self.row_bytes = (n, dim), 4 * dim
 

@@ -201,8 +201,7 @@ def warn(message: str) -> None:
 
 
 def brief(error: Exception) -> str:
-    first_paragraph = str(error).strip().partition("\n\n")[0]  # polars' query plan follows
-    return " ".join(first_paragraph.split())[:150] or type(error).__name__
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 @contextmanager
@@ -293,6 +292,8 @@ def keep_freed_memory() -> None:
 def lock(path: Path) -> IO:
     """Hold `path` for this process until the returned file is closed. The empty lock file stays."""
     with fail_on(OSError, path, "cannot be written", WRITABLE):
+        if path.is_dir():
+            fail(path, "is a folder", "move it away")
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path.with_name(f".{path.name}.lock"), "w")  # noqa: SIM115  the caller holds it
     if os.name == "posix":
@@ -311,8 +312,7 @@ def atomic_write(contents: dict[Path, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         for path in contents:
-            with fail_on(OSError, path, "cannot be replaced", "move it away"):
-                os.replace(temporary[path], path)
+            os.replace(temporary[path], path)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -331,10 +331,12 @@ class EmbeddingDataset:
 
     def __init__(self, path: str | Path, num_rows: int | None = None, rank: int = 0, world: int = 1):
         way_out = "run embed_items.py with --overwrite, or correct your own file"
-        with fail_on(UNREADABLE, path, "cannot be read", way_out):
+        with fail_on(UNREADABLE, path, "not a readable parquet file", way_out):
             file = pl.scan_parquet(path, n_rows=num_rows, glob=False)
             schema = file.collect_schema()
-            id_type, vector_type = file.select("parent_asin", "embedding").collect_schema().dtypes()
+            if missing := [name for name in ("parent_asin", "embedding") if name not in schema]:
+                fail(path, f"no column {missing[0]} among {', '.join(schema)}", way_out)
+            id_type, vector_type = schema["parent_asin"], schema["embedding"]
             is_list = isinstance(vector_type, pl.List | pl.Array) and vector_type.inner.is_numeric()
             if id_type != pl.String or not is_list:
                 trouble = f"parent_asin is {id_type}, embedding is {vector_type}"
@@ -824,7 +826,7 @@ def make_plan(n: int, config: RQVAEConfig, device: torch.device) -> Plan:
     own = n * (RANK + 1) // WORLD - n * RANK // WORLD  # rows of this process
     smallest = n // WORLD  # rows of the smallest process: all of them take equally many steps
     order = torch.randperm(own, generator=torch.Generator().manual_seed(config.seed)).to(device)
-    held_out = min(max(round(smallest * config.val_split), int(config.val_split > 0)), smallest - 1)
+    held_out = min(round(smallest * config.val_split), smallest - 1)
     rows_per_step = config.batch_size * config.gradient_accumulation_steps // WORLD
     rows_per_step = max(1, min(rows_per_step, smallest - held_out))
     steps_per_epoch = (smallest - held_out) // rows_per_step

@@ -1117,8 +1117,8 @@ def broken(value: float, *rows: int) -> dict:
 
 
 WRONG_TABLES = {
-    "no embedding": (lambda t: t.drop("embedding"), ['"embedding"; valid columns: ["title", "parent_asin", "item']),
-    "no parent_asin": (lambda t: t.drop("parent_asin"), ['"parent_asin"; valid columns: ["title", "item_context",']),
+    "no embedding": (lambda t: t.drop("embedding"), ["embedding", "title, parent_asin, item_context"]),
+    "no parent_asin": (lambda t: t.drop("parent_asin"), ["parent_asin", "title, item_context, embedding"]),
     "no rows": (lambda t: t.head(0), ["no rows"]),
     "NaN": (lambda t: with_rows(t, **broken(np.nan, 7, 90)), ["2 embeddings are null", "NaN", "row 7"]),
     "too large for float32": (
@@ -1328,10 +1328,11 @@ def test_files_and_folders_in_each_others_place_are_refused(copy, refused):
     (copy / "file").write_text("a file")
     for place in ("file", "file/deeper"):
         assert place in refused(copy, checkpoint_dir=place)
-    for path, flags in ((BEST, {}), (IDS, {"keep_ids": IDS}), (SOURCE, {})):
+    for path, flags in ((BEST, {}), (IDS, {"keep_ids": IDS}), (IDS, {}), (SOURCE, {})):
         (copy / path).rename(copy / "away")
         (copy / path).mkdir()
-        assert f"{path}: no such file" in refused(copy, "--export_only", **flags)
+        trouble = "no such file" if flags or path != IDS else "is a folder"
+        assert f"{path}: {trouble}" in refused(copy, "--export_only", **flags)
         (copy / path).rmdir()
         (copy / "away").rename(copy / path)
 

@@ -515,8 +515,7 @@ def test_split_is_disjoint_and_complete(n, share, held_out):
     assert torch.equal(torch.cat([plan.train_rows, plan.val_rows]).sort().values, torch.arange(n))
     assert torch.equal(plan.val_rows, plan_of(n, val_split=share, use_kmeans_init=False).val_rows)
     assert not torch.equal(plan.val_rows, plan_of(n, val_split=share, seed=1, use_kmeans_init=False).val_rows)
-    assert len(plan_of(n, val_split=0.001 / n).val_rows) == 1
-    everything = plan_of(n, val_split=0)
+    everything = plan_of(n, val_split=0.001 / n)
     assert torch.equal(everything.train_rows.sort().values, torch.arange(n))  # no row to hold out: all are both
     assert torch.equal(everything.val_rows.sort().values, torch.arange(n))
 
